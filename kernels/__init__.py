@@ -1,0 +1,25 @@
+"""Kernels, one page per op, and the registry that swaps them.
+
+from mirage_hello.kernels import ops, use, explain, swap
+"""
+
+from mirage_hello.kernels.explanation import Candidate, Explanation, explain
+from mirage_hello.kernels.kernel import Kernel
+from mirage_hello.kernels.policy import Policy, policy, use
+from mirage_hello.kernels.registry import BackendError, Op, define, forget_choices, ops, register
+
+__all__ = [
+    "BackendError",
+    "Candidate",
+    "Explanation",
+    "Kernel",
+    "Op",
+    "Policy",
+    "define",
+    "explain",
+    "forget_choices",
+    "ops",
+    "policy",
+    "register",
+    "use",
+]

@@ -1,0 +1,93 @@
+"""Which backends this machine can use, and the reason for each that it cannot."""
+
+import ctypes
+import functools
+import importlib
+import os
+
+import torch
+
+BACKENDS = ("torch", "triton", "cuda", "ptx", "cupy", "numba", "ptx-emulated")
+
+
+@functools.cache
+def unavailable(backend: str, device_type: str) -> str | None:
+    """None when `backend` works on a device of this type here, else the reason, one sentence.
+
+    Args:
+        backend: one of BACKENDS.
+        device_type: "cuda" or "cpu".
+    """
+    return _CHECKS[backend](device_type)
+
+
+def import_error(module: str) -> str | None:
+    """The reason why `module` cannot be imported here, or None."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        return f"import {module} fails ({error})"
+    return None
+
+
+def _torch(device_type: str) -> str | None:
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def _triton(device_type: str) -> str | None:
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "triton runs on CUDA tensors only (or with TRITON_INTERPRET=1, slowly, on a CPU)"
+    return _torch(device_type) or import_error("triton")
+
+
+def _driver(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return "needs CUDA tensors (got CPU tensors); on a CPU choose ptx-emulated"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no CUDA driver: libcuda.so.1 is not found; install the NVIDIA driver"
+    return _torch(device_type)
+
+
+def _ptx(device_type: str) -> str | None:
+    reason = _driver(device_type) or import_error("pycuda.driver")
+    if reason and "pycuda" in reason:
+        return f"{reason}; pip install 'mirage-hello[cuda]'"
+    return reason
+
+
+def _cuda(device_type: str) -> str | None:
+    reason = _ptx(device_type) or import_error("cuda.core")
+    if reason and "cuda.core" in reason:
+        return f"{reason}; pip install 'mirage-hello[cuda]'"
+    return reason
+
+
+def _cupy(device_type: str) -> str | None:
+    return _driver(device_type) or import_error("cupy")
+
+
+def _numba(device_type: str) -> str | None:
+    if device_type == "cuda":
+        return _driver(device_type) or import_error("numba.cuda")
+    return import_error("numba")
+
+
+def _ptx_emulated(device_type: str) -> str | None:
+    if device_type != "cpu":
+        return "the emulator runs on CPU tensors only; on this device choose ptx"
+    return import_error("mirage_hello.ptx.emulator")
+
+
+_CHECKS = {
+    "torch": _torch,
+    "triton": _triton,
+    "cuda": _cuda,
+    "ptx": _ptx,
+    "cupy": _cupy,
+    "numba": _numba,
+    "ptx-emulated": _ptx_emulated,
+}
