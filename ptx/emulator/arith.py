@@ -1,4 +1,4 @@
-"""Floating-point arithmetic on raw bits: add, sub, mul, fma, div, rcp, sqrt, min, max, neg, abs, setp.
+"""Floating-point arithmetic on raw bits: add, sub, mul, fma, div, rcp, sqrt, min, max, setp.
 
 Kinds: "f32", "f64", "f16", "bf16" and the packed "f16x2", "bf16x2" (element by element).
 Every result is the infinitely precise one rounded once, in any of rn, rz, rm, rp; see formats.py

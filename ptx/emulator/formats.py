@@ -76,7 +76,7 @@ def register_dtype(kind):
 
 
 def as_register(bits, kind):
-    """`bits` as an unsigned array of the register type of `kind` (wider input keeps its low bits)."""
+    """`bits` as an unsigned array of the register type of `kind`; wider input loses high bits."""
     bits = np.asarray(bits)
     dtype = register_dtype(kind)
     if bits.dtype == dtype:
@@ -116,9 +116,11 @@ def decode(kind, bits, dtype=np.float64):
     if kind in _TABLES:
         return _TABLES[kind].astype(dtype)[bits]
     if kind == "bf16":
-        return (bits.astype(np.uint32) << 16).view(np.float32).astype(dtype, copy=False)
+        with np.errstate(invalid="ignore"):
+            return (bits.astype(np.uint32) << 16).view(np.float32).astype(dtype, copy=False)
     if kind == "tf32":
-        return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(dtype, copy=False)
+        with np.errstate(invalid="ignore"):
+            return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(dtype, copy=False)
     with np.errstate(invalid="ignore"):
         return (
             np.ascontiguousarray(bits).view(f"f{FORMATS[kind].bits // 8}").astype(dtype, copy=False)
@@ -126,7 +128,7 @@ def decode(kind, bits, dtype=np.float64):
 
 
 def _round_integer(x, rounding, negative):
-    """Round non-negative magnitudes to integers; `negative` is the sign of the value they belong to."""
+    """Round non-negative magnitudes to integers; `negative` is the sign of each value."""
     if rounding == "rn":
         return np.rint(x)
     if rounding == "rz":
@@ -140,7 +142,7 @@ def _round_integer(x, rounding, negative):
 
 
 def _encode_generic(fmt, x, rounding):
-    """Finite values to sign | code, rounded once; overflow by the mode's rule, before saturation."""
+    """Finite values to (code, sign), rounded once; overflow by the mode's rule, not saturated."""
     negative = np.signbit(x)
     magnitude = np.abs(x)
     exponent = np.maximum(np.frexp(magnitude)[1] - 1, fmt.emin)
@@ -159,7 +161,7 @@ def _encode_generic(fmt, x, rounding):
 
 
 def _encode_f32(x, rounding):
-    """float64 -> f32 bits through the CPU's own conversion, one step corrected for directed modes."""
+    """float64 -> f32 bits through the CPU's own conversion, then one step for directed modes."""
     near = x.astype(np.float32)
     if rounding != "rn":
         wide = near.astype(np.float64)
@@ -235,7 +237,7 @@ def saturate(kind, bits):
 
 
 def two_sum(a, b):
-    """Knuth's TwoSum: s = RN(a + b) and the exact error e, s + e == a + b (float64, no overflow)."""
+    """Knuth's TwoSum: s = RN(a + b) and its exact error e, s + e == a + b (no overflow)."""
     with np.errstate(all="ignore"):
         s = a + b
         t = s - a
@@ -243,7 +245,7 @@ def two_sum(a, b):
 
 
 def odd_sum(a, b):
-    """a + b rounded to odd in float64: the even neighbour of an inexact sum gives way to the odd one."""
+    """a + b rounded to odd in float64: of an inexact sum's two neighbours, the odd one."""
     s, e = two_sum(a, b)
     with np.errstate(all="ignore"):
         move = (e != 0) & np.isfinite(s) & np.isfinite(e)
