@@ -1,0 +1,172 @@
+"""Autoencoder with factor 8, small enough for real time: frames in [-1, 1] <-> latents of 4 channels.
+
+Our own design, in the size class of TAESD (about a million parameters a side). No convolution runs
+at full resolution: the first and the last step move 2x2 pixels to channels and back, so the widest
+feature map is a quarter of the frame. No GroupNorm: statistics over a whole frame would let a bright
+object in one corner change the colours of another, which shows as flicker in a video.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mirage_hello.kernels import ops
+
+FACTOR = 8  # three halvings: one by space_to_depth, two by convolutions of stride 2
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Widths at 1/2, 1/4 and 1/8 of the frame's resolution, and residual blocks at each."""
+
+    channels: tuple[int, int, int] = (64, 128, 192)
+    blocks: tuple[int, int, int] = (1, 1, 1)
+    latent_channels: int = 4
+
+    def __post_init__(self) -> None:
+        if len(self.channels) != 3 or len(self.blocks) != 3:
+            raise ValueError(
+                "AutoencoderConfig: channels and blocks need 3 entries, for 1/2, 1/4 and 1/8 of the "
+                f"resolution (got {len(self.channels)} and {len(self.blocks)})"
+            )
+
+
+def space_to_depth(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, 4C, H/2, W/2], channel (dy, dx, c): one copy, channels-last in and out."""
+    b, c, height, width = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(b, height // 2, 2, width // 2, 2, c)
+    return (
+        x.permute(0, 1, 3, 2, 4, 5).reshape(b, height // 2, width // 2, 4 * c).permute(0, 3, 1, 2)
+    )
+
+
+def depth_to_space(x: Tensor) -> Tensor:
+    """[B, 4C, H, W] -> [B, C, 2H, 2W]: the inverse of `space_to_depth`."""
+    b, c4, height, width = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(b, height, width, 2, 2, c4 // 4)
+    return (
+        x.permute(0, 1, 3, 2, 4, 5).reshape(b, 2 * height, 2 * width, c4 // 4).permute(0, 3, 1, 2)
+    )
+
+
+class Block(nn.Module):
+    """x + conv2(silu(conv1(silu(x)))), the addition inside the second convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = ops.conv2d(ops.silu(x), self.conv1.weight, self.conv1.bias, padding=1)
+        return ops.conv2d(ops.silu(h), self.conv2.weight, self.conv2.bias, padding=1, residual=x)
+
+
+class Encoder(nn.Module):
+    """frames [B, 3, H, W] in [-1, 1] -> latents [B, 4, H/8, W/8]; H and W multiples of 8."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        half, quarter, eighth = config.channels
+        self.conv_in = nn.Conv2d(12, half, 3, padding=1)
+        self.levels = nn.ModuleList(_blocks(c, n) for c, n in zip(config.channels, config.blocks))
+        self.downsamplers = nn.ModuleList(
+            [
+                nn.Conv2d(half, quarter, 3, stride=2, padding=1),
+                nn.Conv2d(quarter, eighth, 3, stride=2, padding=1),
+            ]
+        )
+        self.conv_out = nn.Conv2d(eighth, config.latent_channels, 3, padding=1)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        x = ops.conv2d(space_to_depth(frames), self.conv_in.weight, self.conv_in.bias, padding=1)
+        x = _run(self.levels[0], x)
+        for down, level in zip(self.downsamplers, self.levels[1:], strict=True):
+            x = _run(level, ops.conv2d(x, down.weight, down.bias, stride=2, padding=1))
+        return ops.conv2d(x, self.conv_out.weight, self.conv_out.bias, padding=1)
+
+
+class Decoder(nn.Module):
+    """latents [B, 4, h, w] -> frames [B, 3, 8h, 8w], about [-1, 1] (not clamped)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        half, quarter, eighth = config.channels
+        self.conv_in = nn.Conv2d(config.latent_channels, eighth, 3, padding=1)
+        self.levels = nn.ModuleList(
+            _blocks(c, n) for c, n in zip(config.channels[::-1], config.blocks[::-1])
+        )
+        self.upsamplers = nn.ModuleList(
+            [nn.Conv2d(eighth, quarter, 3, padding=1), nn.Conv2d(quarter, half, 3, padding=1)]
+        )
+        self.conv_out = nn.Conv2d(half, 12, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = ops.conv2d(latents, self.conv_in.weight, self.conv_in.bias, padding=1)
+        x = _run(self.levels[0], x)
+        for up, level in zip(self.upsamplers, self.levels[1:], strict=True):
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = _run(level, ops.conv2d(x, up.weight, up.bias, padding=1))
+        x = ops.conv2d(ops.silu(x), self.conv_out.weight, self.conv_out.bias, padding=1)
+        return depth_to_space(x)
+
+
+def _blocks(channels: int, count: int) -> nn.ModuleList:
+    return nn.ModuleList(Block(channels) for _ in range(count))
+
+
+def _run(blocks: nn.Module, x: Tensor) -> Tensor:
+    for block in blocks.children():
+        x = block(x)
+    return x
+
+
+class Autoencoder(nn.Module):
+    """decode(encode(frames)) ~ frames; attributes `config` and `trained` as in VideoUNet."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.trained = False
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+            # He et al. 2015: keeps the signal's variance from the pixels to the latents and back.
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """frames [B, 3, H, W] in [-1, 1], H and W multiples of 8 -> latents [B, 4, H/8, W/8].
+
+        Raises:
+            ValueError: another number of channels, or a size that is not a multiple of 8.
+        """
+        if frames.ndim != 4 or frames.shape[1] != 3 or any(n % FACTOR for n in frames.shape[2:]):
+            raise ValueError(
+                f"encode: frames must be [B, 3, H, W] with H and W multiples of {FACTOR} "
+                f"(got {list(frames.shape)}); pad them, as FrameStream does"
+            )
+        return self.encoder(frames)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B, 4, h, w] -> frames [B, 3, 8h, 8w], about [-1, 1]."""
+        return self.decoder(latents)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.decode(self.encode(frames))
+
+    @torch.no_grad()
+    def rescale_latents(self, deviation: float) -> None:
+        """Divide the latents by their measured standard deviation, inside the weights.
+
+        The diffusion model expects one known deviation (sigma_data); here it costs nothing at run
+        time: the encoder's last convolution is divided by it, the decoder's first multiplied.
+        """
+        self.encoder.conv_out.weight.div_(deviation)
+        self.encoder.conv_out.bias.div_(deviation)
+        self.decoder.conv_in.weight.mul_(deviation)

@@ -1,0 +1,218 @@
+"""Residual and transformer blocks of the U-Net: every heavy operation is one registry op.
+
+Modules hold parameters under the names that diffusers gives Stable Diffusion 1.5, so that loading its
+checkpoint is a key lookup. Two exceptions, packed at load by `checkpoint.pack_attention`: the self-
+attention's to_q/to_k/to_v are one matrix `to_qkv`, the cross-attention's to_k/to_v one matrix `to_kv`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mirage_hello.kernels import ops
+
+RESNET_EPS = 1e-5  # Stable Diffusion 1.5's values: 1e-5 in residual blocks,
+TRANSFORMER_EPS = 1e-6  # 1e-6 in the GroupNorm ahead of a transformer
+
+
+def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """silu(GroupNorm(x)) with the parameters of `norm`, as one op."""
+    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
+class ResnetBlock(nn.Module):
+    """y = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + bias))), bias [B, C] from the noise level.
+
+    The bias is added inside the first convolution and the shortcut inside the second: four ops a
+    block, five where the width changes.
+    """
+
+    def __init__(self, c_in: int, c_out: int, embedding: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=RESNET_EPS)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(embedding, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=RESNET_EPS)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def bias(self, embedding: Tensor) -> Tensor:
+        """The channel bias [B, C_out] for one noise level; `embedding` is silu(time embedding)."""
+        return ops.linear(embedding, self.time_emb_proj.weight, self.time_emb_proj.bias)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        h = group_norm_silu(x, self.norm1)
+        h = ops.conv2d(h, self.conv1.weight, self.conv1.bias, padding=1, channel_bias=bias)
+        h = group_norm_silu(h, self.norm2)
+        if self.conv_shortcut is not None:
+            x = ops.conv2d(x, self.conv_shortcut.weight, self.conv_shortcut.bias)
+        return ops.conv2d(h, self.conv2.weight, self.conv2.bias, padding=1, residual=x)
+
+
+class SelfAttention(nn.Module):
+    """h + out(attention(q, k, v)), q, k and v being views of one fused product [B, N, 3C]."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """x: normalised tokens [B, N, C]; h: the residual stream [B, N, C]."""
+        qkv = ops.linear(x, self.to_qkv.weight)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, N, H, D], no copy
+        return _project(ops.attention(q, k, v), self.to_out[0], h)
+
+
+class CrossAttention(nn.Module):
+    """h + out(attention(q(x), k, v)) with keys and values of the conditioning tokens.
+
+    Keys and values depend on the tokens alone, so they are computed once per prompt, not per step.
+    """
+
+    def __init__(self, channels: int, heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_kv = nn.Linear(context_dim, 2 * channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def keys_values(self, context: Tensor) -> Tensor:
+        """[B, L, context_dim] -> [B, L, 2C]."""
+        return ops.linear(context, self.to_kv.weight)
+
+    def forward(self, x: Tensor, h: Tensor, keys_values: Tensor) -> Tensor:
+        q = ops.linear(x, self.to_q.weight).unflatten(-1, (self.heads, -1))
+        k, v = keys_values.unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return _project(ops.attention(q, k, v), self.to_out[0], h)
+
+
+def _project(heads: Tensor, out: nn.Module, h: Tensor) -> Tensor:
+    return ops.linear(heads.flatten(2), out.weight, out.bias, residual=h)
+
+
+class GEGLU(nn.Module):
+    """h * gelu(gate) of one projection to twice the width."""
+
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.geglu(x, self.proj.weight, self.proj.bias)
+
+
+class FeedForward(nn.Module):
+    """h + W2 geglu(x); the keys "0" and "2" are diffusers' (1 is its dropout)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = 4 * channels
+        self.net = nn.ModuleDict({"0": GEGLU(channels, inner), "2": nn.Linear(inner, channels)})
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        out = self.net["2"]
+        return ops.linear(self.net["0"](x), out.weight, out.bias, residual=h)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, GEGLU; each after a LayerNorm and onto a residual stream."""
+
+    def __init__(self, channels: int, heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = SelfAttention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = CrossAttention(channels, heads, context_dim)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, h: Tensor, keys_values: Tensor) -> Tensor:
+        h = self.attn1(_layer_norm(h, self.norm1), h)
+        h = self.attn2(_layer_norm(h, self.norm2), h, keys_values)
+        return self.ff(_layer_norm(h, self.norm3), h)
+
+
+def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+class Transformer(nn.Module):
+    """x + proj_out(block(proj_in(GroupNorm(x)))) over the pixels of x as tokens.
+
+    proj_in and proj_out are 1x1 convolutions in the checkpoint; in channels-last memory a 1x1
+    convolution is a linear over the channels, whose residual form saves the last addition.
+    """
+
+    def __init__(self, channels: int, heads: int, context_dim: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=TRANSFORMER_EPS)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def keys_values(self, context: Tensor) -> Tensor:
+        """Keys and values [B, L, 2C] of the conditioning tokens for this transformer."""
+        return self.transformer_blocks[0].attn2.keys_values(context)
+
+    def forward(self, x: Tensor, keys_values: Tensor) -> Tensor:
+        norm = self.norm
+        h = _tokens(ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
+        h = ops.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        h = self.transformer_blocks[0](h, keys_values)
+        h = ops.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias, residual=_tokens(x))
+        return h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # channels-last again, no copy
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, HW, C]; a view when x is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class Downsample(nn.Module):
+    """Half the resolution by a 3x3 convolution of stride 2 (odd sizes round up)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=1)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour to the size of the next skip connection, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        x = F.interpolate(x, size=size, mode="nearest")
+        return ops.conv2d(x, self.conv.weight, self.conv.bias, padding=1)
+
+
+class Embedding(nn.Module):
+    """W2 silu(W1 features(value) + b1) + b2: a scalar per sample as a vector [B, embedding].
+
+    features: cos then sin of value / 10000^(i / half), i < half = width / 2 (diffusers' order).
+    """
+
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.width = width
+        self.linear_1 = nn.Linear(width, embedding)
+        self.linear_2 = nn.Linear(embedding, embedding)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """value: [B] float32 on the module's device."""
+        half = self.width // 2
+        # float32 whatever the model's dtype: bfloat16 cannot tell 999 from 1000.
+        exponent = torch.arange(half, device=value.device, dtype=torch.float32) / half
+        angles = value.float()[:, None] * torch.pow(10000.0, -exponent)
+        features = torch.cat([angles.cos(), angles.sin()], -1).to(self.linear_1.weight.dtype)
+        h = ops.silu(ops.linear(features, self.linear_1.weight, self.linear_1.bias))
+        return ops.linear(h, self.linear_2.weight, self.linear_2.bias)

@@ -1,0 +1,250 @@
+"""VideoUNet: Stable Diffusion 1.5's U-Net over [noisy next frame, input frame, past outputs, sink].
+
+The main path is `predict`: in a stream the noise levels and the conditioning tokens change rarely,
+so what depends on them alone (one bias a residual block, one key/value matrix a transformer) is
+prepared once by `noise_biases` and `context_keys`. `forward` does all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mirage_hello.kernels import ops
+from mirage_hello.model.blocks import (
+    RESNET_EPS,
+    Downsample,
+    Embedding,
+    ResnetBlock,
+    Transformer,
+    Upsample,
+    group_norm_silu,
+)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Widths and depths; the defaults are Stable Diffusion 1.5's."""
+
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    transformers: tuple[bool, ...] = (True, True, True, False)  # at this level?
+    blocks_per_level: int = 2
+    latent_channels: int = 4
+    history: int = 4  # past outputs in the input
+    context_dim: int = 768
+    groups: int = 32
+    styles: int = 0  # learned styles, each a set of conditioning tokens
+    style_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        levels = len(self.channels)
+        if not levels or len(self.heads) != levels or len(self.transformers) != levels:
+            raise ValueError(
+                "UNetConfig: channels, heads and transformers need one entry a level (got "
+                f"{levels}, {len(self.heads)} and {len(self.transformers)} entries)"
+            )
+        for width, heads in zip(self.channels, self.heads, strict=True):
+            if width % self.groups or width % heads:
+                raise ValueError(
+                    f"UNetConfig: each width must be a multiple of groups and of its heads (got "
+                    f"{width} channels, groups={self.groups}, {heads} heads)"
+                )
+
+    @property
+    def memory_channels(self) -> int:
+        """Channels of the context memory: the last K outputs and the sink frame."""
+        return self.latent_channels * (self.history + 1)
+
+    @property
+    def in_channels(self) -> int:
+        """noisy next frame + current input frame + memory: 4 + 4 + 16 + 4 = 28."""
+        return 2 * self.latent_channels + self.memory_channels
+
+    @property
+    def embedding(self) -> int:
+        """Width of the time embedding."""
+        return 4 * self.channels[0]
+
+
+class DownBlock(nn.Module):
+    """One level on the way down; every output is a skip connection."""
+
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        super().__init__()
+        c_out = config.channels[level]
+        c_in = config.channels[max(level - 1, 0)]
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c_in if i == 0 else c_out, c_out, config.embedding, config.groups)
+            for i in range(config.blocks_per_level)
+        )
+        self.attentions = _transformers(config, level, config.blocks_per_level)
+        last = level == len(config.channels) - 1
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
+
+
+class MidBlock(nn.Module):
+    """Residual block, transformer, residual block at the lowest resolution."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width = config.channels[-1]
+        self.resnets = nn.ModuleList(
+            ResnetBlock(width, width, config.embedding, config.groups) for _ in range(2)
+        )
+        self.attentions = nn.ModuleList(
+            [Transformer(width, config.heads[-1], config.context_dim, config.groups)]
+        )
+
+
+class UpBlock(nn.Module):
+    """One level on the way up: one block more than on the way down, each with its skip."""
+
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        super().__init__()
+        c_out = config.channels[level]
+        below = config.channels[min(level + 1, len(config.channels) - 1)]
+        # Skips in the order they are taken: this level's blocks, then what came into the level.
+        skips = [c_out] * config.blocks_per_level + [config.channels[max(level - 1, 0)]]
+        inputs = [below] + [c_out] * config.blocks_per_level
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c_in + skip, c_out, config.embedding, config.groups)
+            for c_in, skip in zip(inputs, skips, strict=True)
+        )
+        self.attentions = _transformers(config, level, config.blocks_per_level + 1)
+        self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(c_out)])
+
+
+def _transformers(config: UNetConfig, level: int, count: int) -> nn.ModuleList:
+    width, heads = config.channels[level], config.heads[level]
+    return nn.ModuleList(
+        Transformer(width, heads, config.context_dim, config.groups)
+        for _ in range(count if config.transformers[level] else 0)
+    )
+
+
+class VideoUNet(nn.Module):
+    """F(x, t, context, history noise): predicts the next frame's noise, or its clean part under EDM.
+
+    Args of the constructor: config; gradient_checkpointing (recompute each block in the backward:
+    memory of one block instead of all, about 4/3 of the time).
+    Attributes: trained, False until a checkpoint is loaded.
+    Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022.
+    """
+
+    def __init__(self, config: UNetConfig, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = gradient_checkpointing
+        self.trained = False
+        channels, levels = config.channels, range(len(config.channels))
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = Embedding(channels[0], config.embedding)
+        self.history_embedding = Embedding(channels[0], config.embedding)
+        self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
+        self.conv_norm_out = nn.GroupNorm(config.groups, channels[0], eps=RESNET_EPS)
+        self.conv_out = nn.Conv2d(channels[0], config.latent_channels, 3, padding=1)
+        if config.styles:
+            tokens = torch.randn(config.styles, config.style_tokens, config.context_dim)
+            self.style_table = nn.Parameter(tokens)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, history_noise: Tensor | None = None
+    ) -> Tensor:
+        """F(x, t, context, history noise).
+
+        Args:
+            x: [B, in_channels, h, w], channels-last, the model's dtype; see `UNetConfig.in_channels`.
+            timesteps: [B] float32 on the device: 0..999 (eps) or 250 ln(sigma) (EDM).
+            context: [B, L, context_dim] conditioning tokens.
+            history_noise: [B] float32, sigma of the noise in the memory channels; None is 0.
+        Returns:
+            [B, latent_channels, h, w], channels-last, the dtype of x.
+        Raises:
+            ValueError: x has another number of channels, or context another width.
+        """
+        biases = self.noise_biases(timesteps, history_noise)
+        return self.predict(x, biases, self.context_keys(context))
+
+    def noise_biases(self, timesteps: Tensor, history_noise: Tensor | None = None) -> list[Tensor]:
+        """The channel bias [B, C] of each residual block, in the order of `predict`."""
+        embedding = self.time_embedding(timesteps)
+        level = torch.zeros_like(timesteps) if history_noise is None else history_noise
+        # 1000: the features resolve steps of about 1, history noise is a sigma of 0 to about 1.
+        embedding = ops.residual_add(embedding, self.history_embedding(1000.0 * level))
+        embedding = ops.silu(embedding)
+        return [m.bias(embedding) for m in self._ordered() if isinstance(m, ResnetBlock)]
+
+    def context_keys(self, context: Tensor) -> list[Tensor]:
+        """Keys and values [B, L, 2C] of each transformer, in the order of `predict`."""
+        if context.ndim != 3 or context.shape[-1] != self.config.context_dim:
+            raise ValueError(
+                f"VideoUNet: context must be [B, L, {self.config.context_dim}] "
+                f"(got {list(context.shape)})"
+            )
+        return [m.keys_values(context) for m in self._ordered() if isinstance(m, Transformer)]
+
+    def predict(self, x: Tensor, biases: list[Tensor], keys: list[Tensor]) -> Tensor:
+        """The network itself, for prepared noise levels and context; arguments as in `forward`."""
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"VideoUNet: x must be [B, {self.config.in_channels}, h, w] (got {list(x.shape)}): "
+                "noisy frame, input frame, history and sink frame along the channels"
+            )
+        bias, key = iter(biases), iter(keys)
+        x = ops.conv2d(x, self.conv_in.weight, self.conv_in.bias, padding=1)
+        skips = [x]
+        for block in self.down_blocks:
+            for i, resnet in enumerate(block.resnets):
+                x = self._run(resnet, x, next(bias))
+                if block.attentions:
+                    x = self._run(block.attentions[i], x, next(key))
+                skips.append(x)
+            for downsample in block.downsamplers:
+                x = downsample(x)
+                skips.append(x)
+
+        mid = self.mid_block
+        x = self._run(mid.resnets[0], x, next(bias))
+        x = self._run(mid.attentions[0], x, next(key))
+        x = self._run(mid.resnets[1], x, next(bias))
+
+        for block in self.up_blocks:
+            for i, resnet in enumerate(block.resnets):
+                x = self._run(resnet, torch.cat([x, skips.pop()], 1), next(bias))
+                if block.attentions:
+                    x = self._run(block.attentions[i], x, next(key))
+            for upsample in block.upsamplers:
+                x = upsample(x, skips[-1].shape[2:])
+
+        x = group_norm_silu(x, self.conv_norm_out)
+        return ops.conv2d(x, self.conv_out.weight, self.conv_out.bias, padding=1)
+
+    def style(self, index: int) -> Tensor:
+        """Conditioning tokens [1, style_tokens, context_dim] of a learned style."""
+        if not 0 <= index < self.config.styles:
+            raise ValueError(
+                f"style: this model has {self.config.styles} learned styles (got {index}); "
+                "give tokens to set_context instead"
+                if not self.config.styles
+                else f"style: expected 0 to {self.config.styles - 1} (got {index})"
+            )
+        return self.style_table[index : index + 1]
+
+    def _run(self, block: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, condition, use_reentrant=False)
+        return block(x, condition)
+
+    def _ordered(self) -> Iterator[nn.Module]:
+        """Residual blocks and transformers in the order in which `predict` runs them."""
+        for block in [*self.down_blocks, self.mid_block, *self.up_blocks]:
+            yield from block.resnets
+            yield from block.attentions
