@@ -60,8 +60,8 @@ def _ptx(device_type: str) -> str | None:
 
 
 def _cuda(device_type: str) -> str | None:
-    reason = _ptx(device_type) or import_error("cuda.core")
-    if reason and "cuda.core" in reason:
+    reason = _ptx(device_type) or import_error("cuda.bindings.nvrtc")
+    if reason and "cuda.bindings" in reason:
         return f"{reason}; pip install 'mirage-hello[cuda]'"
     return reason
 

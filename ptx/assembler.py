@@ -126,21 +126,41 @@ def compile_cuda(
 def nvrtc(
     source: str, arch: str, defines: tuple[tuple[str, str], ...], target: str, name: str
 ) -> bytes:
-    """Compile CUDA C++ with NVRTC, which needs neither a toolkit nor a GPU."""
-    from cuda.core import Program, ProgramOptions
+    """Compile CUDA C++ with NVRTC, which needs neither a toolkit nor a GPU.
+
+    Through cuda-bindings: cuda-core asks for a driver before it hands out PTX.
+    """
+    from cuda.bindings import nvrtc as lib
 
     own = str(resources.files("mirage_hello.kernels") / "cuda")
-    options = ProgramOptions(
-        name=f"{name}.cu",
-        arch=arch,
-        std="c++17",
-        define_macro=list(defines) or None,
-        include_path=[*cuda_include_folders(), own],
-    )
+    folders = [f"--include-path={folder}" for folder in (*cuda_include_folders(), own)]
+    macros = [f"--define-macro={key}={value}" for key, value in defines]
+    options = [f"--gpu-architecture={arch}", "--std=c++17", *folders, *macros]
+    unit = _checked(lib.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []))
     try:
-        return bytes(Program(source, "c++", options).compile(target).code)
-    except Exception as error:  # cuda-core raises several unrelated types; none is to be hidden
-        raise CompileError(f"NVRTC refuses {name}.cu for {arch}: {str(error)[:4000]}") from error
+        (code,) = lib.nvrtcCompileProgram(unit, len(options), [o.encode() for o in options])
+        if code != lib.nvrtcResult.NVRTC_SUCCESS:
+            said = bytearray(_checked(lib.nvrtcGetProgramLogSize(unit)))
+            _checked(lib.nvrtcGetProgramLog(unit, said))
+            text = said.decode(errors="replace").strip("\0\n ")[:4000]
+            raise CompileError(f"NVRTC refuses {name}.cu for {arch}: {text}")
+        get_size, get = {
+            "cubin": (lib.nvrtcGetCUBINSize, lib.nvrtcGetCUBIN),
+            "ptx": (lib.nvrtcGetPTXSize, lib.nvrtcGetPTX),
+        }[target]
+        out = bytearray(_checked(get_size(unit)))
+        _checked(get(unit, out))
+        return bytes(out).rstrip(b"\0") if target == "ptx" else bytes(out)
+    finally:
+        lib.nvrtcDestroyProgram(unit)
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    """The value of an NVRTC call. CompileError with NVRTC's name of the error."""
+    code, *value = answer
+    if int(code):
+        raise CompileError(f"NVRTC fails with {code.name}")
+    return value[0] if value else None
 
 
 @functools.cache
@@ -149,7 +169,7 @@ def nvrtc_version() -> str:
         from cuda.bindings import nvrtc as binding
     except ImportError as error:
         raise CompileError(
-            f"no NVRTC: {error}; pip install 'mirage-hello[cuda]' brings cuda-core and NVRTC"
+            f"no NVRTC: {error}; pip install 'mirage-hello[cuda]' brings it"
         ) from error
     return "nvrtc {}.{}".format(*binding.nvrtcVersion()[1:])
 
