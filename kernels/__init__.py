@@ -7,6 +7,7 @@ from mirage_hello.kernels.explanation import Candidate, Explanation, explain
 from mirage_hello.kernels.kernel import Kernel
 from mirage_hello.kernels.policy import Policy, policy, use
 from mirage_hello.kernels.registry import BackendError, Op, define, forget_choices, ops, register
+from mirage_hello.kernels.swap import swap, unswap
 
 __all__ = [
     "BackendError",
@@ -21,5 +22,7 @@ __all__ = [
     "ops",
     "policy",
     "register",
+    "swap",
+    "unswap",
     "use",
 ]

@@ -1,0 +1,31 @@
+"""Fixtures shared by all tests: fresh seeds (printed on failure), a private kernel cache."""
+
+import os
+import random
+
+# Before torch starts its thread pool: two cores are shared by the test processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fresh seed for each test; MIRAGE_SEED repeats one. Failures print it."""
+    value = int(os.environ.get("MIRAGE_SEED", random.SystemRandom().randrange(2**31)))
+    torch.manual_seed(value)
+    request.node.add_report_section("setup", "seed", f"MIRAGE_SEED={value}")
+    return value
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Kernels are built into a cache of this run, unless MIRAGE_CACHE names one."""
+    os.environ.setdefault("MIRAGE_CACHE", str(tmp_path_factory.mktemp("kernel-cache")))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU always; the GPU under `pytest -m gpu`."""
+    return torch.device(request.param)
