@@ -25,7 +25,9 @@ from mirage_hello.ptx.emulator.formats import FORMATS, decode, encode
 
 ELEMENT_BITS = {
     **{name: fmt.bits for name, fmt in FORMATS.items()},
-    **{"s8": 8, "u8": 8, "s32": 32},
+    "s8": 8,
+    "u8": 8,
+    "s32": 32,
 }
 
 _LANE = np.arange(32)
@@ -160,14 +162,14 @@ def ldmatrix_rows(addresses, count):
 
 def _transposed(registers):
     """The m8n8 b16 fragment of the transposed matrices, registers [..., 32]."""
-    index = c_index_8x8()
+    index = m8n8_fragment()
     matrix = to_matrix(registers[..., None, :], index, (8, 8), 16)
     return from_matrix(np.swapaxes(matrix, -1, -2), index)[..., 0, :]
 
 
 @lru_cache(maxsize=1)
-def c_index_8x8():
-    """(row, column) arrays [1][32][2] of one m8n8 b16 matrix: lane holds row g, columns 2q, 2q+1."""
+def m8n8_fragment():
+    """(row, column) [1][32][2] of an m8n8 b16 matrix: a lane holds row g, columns 2q and 2q+1."""
     e = np.arange(2)
     return (_G[:, None] + 0 * e)[None], (2 * _Q[:, None] + e)[None]
 

@@ -55,8 +55,8 @@ class Descriptor:
         reserved = bits & ~(0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 7 << 49 | 3 << 62)
         if reserved:
             raise ValueError(
-                f"wgmma descriptor {bits:#018x}: reserved bits {reserved:#x} are set; shift addresses "
-                "and offsets right by 4 and mask them to 14 bits"
+                f"wgmma descriptor {bits:#018x}: reserved bits {reserved:#x} are set; shift "
+                "addresses and offsets right by 4 and mask them to 14 bits"
             )
         return cls(
             start=(bits & 0x3FFF) << 4,
