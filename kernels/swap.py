@@ -1,6 +1,7 @@
 """`swap`: put the registry's kernels into a model, ours or somebody else's."""
 
 import functools
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -132,7 +133,7 @@ _FORWARDS: dict[type, Callable[..., Any]] = {
 def _fuse_norm_silu(sequence: nn.Sequential) -> None:
     """GroupNorm, SiLU side by side: the norm does both, the SiLU passes on."""
     layers = list(sequence)
-    for norm, act in zip(layers, layers[1:], strict=False):
+    for norm, act in itertools.pairwise(layers):
         if type(norm) is nn.GroupNorm and type(act) is nn.SiLU:
             _set_forward(norm, _group_norm_silu)
             _set_forward(act, _identity)
@@ -160,7 +161,7 @@ class AttentionProcessor:
             "spatial_norm": attn.spatial_norm,
         }
         for name, value in unsupported.items():
-            if value:
+            if value is not None:
                 raise NotImplementedError(
                     f"swap: attention with {name} is not an op here; set this module's own "
                     "processor again after swap"

@@ -120,6 +120,7 @@ class Program:
         """The loaded kernel on a device; compiled and loaded at the first use there."""
         found = self._functions.get((entry, device))
         if found is None:
+            context.pycuda_driver()  # says what is missing, before anything is compiled
             with _load_lock:
                 arch = device_arch(device)
                 code = self.compile(arch)
