@@ -145,7 +145,7 @@ def _encode_generic(fmt, x, rounding):
     """Finite values to (code, sign), rounded once; overflow by the mode's rule, not saturated."""
     negative = np.signbit(x)
     magnitude = np.abs(x)
-    exponent = np.maximum(np.frexp(magnitude)[1] - 1, fmt.emin)
+    exponent = np.where(x == 0, fmt.emin, np.maximum(np.frexp(magnitude)[1] - 1, fmt.emin))
     scaled = np.ldexp(magnitude, fmt.mantissa - exponent)
     significand = _round_integer(scaled, rounding, negative).astype(np.int64)
     # A significand of 2**(mantissa+1) carries into the exponent field by plain addition.
