@@ -114,8 +114,9 @@ class Op:
         autocast = torch.is_autocast_enabled(device.type)
         if not autocast:
             self.check(values)
-        floating = [t.dtype for t in tensors.values() if t.dtype.is_floating_point]
-        dtype = values.get("dtype") or next(iter([*floating, *(t.dtype for t in tensors.values())]))
+        dtypes = [t.dtype for t in tensors.values()]
+        floating = [dtype for dtype in dtypes if dtype.is_floating_point]
+        dtype: torch.dtype = (*floating, values.get("dtype"), *dtypes)[0] or dtypes[0]
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
         return Call(self.name, values, device, dtype, device_arch(device), needs_grad, autocast)
 
@@ -241,7 +242,7 @@ def self_test(kernel: Kernel, call: Call) -> str | None:
     key = (kernel.name, call.device, call.dtype)
     if kernel.backend in ("torch", "ptx-emulated") or key in _proven:
         return _proven.get(key)
-    if call.device.type == "cuda" and torch.cuda.iscurrent_stream_capturing():
+    if call.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return (
             "was not used on this device before the CUDA-graph capture began; "
             "call it once before capturing"

@@ -41,9 +41,10 @@ def swap(module: nn.Module, spec: Any = "auto") -> nn.Module:
         forward = _FORWARDS.get(type(layer))
         if "forward" not in vars(layer) and forward is not None and _plain(layer):
             _set_forward(layer, forward)
-        if hasattr(layer, "set_processor") and hasattr(layer, "to_q"):
-            layer._mirage_processor = layer.processor
-            layer.set_processor(AttentionProcessor())
+        set_processor: Any = getattr(layer, "set_processor", None)
+        if set_processor is not None and hasattr(layer, "to_q"):
+            vars(layer)["_mirage_processor"] = layer.processor
+            set_processor(AttentionProcessor())
     _follow(module, chosen)
     return module
 
@@ -54,7 +55,8 @@ def unswap(module: nn.Module) -> nn.Module:
         if vars(layer).pop("_mirage_swapped", False):
             vars(layer).pop("forward")
         if "_mirage_processor" in vars(layer):
-            layer.set_processor(vars(layer).pop("_mirage_processor"))
+            set_processor: Any = layer.set_processor
+            set_processor(vars(layer).pop("_mirage_processor"))
     return module
 
 
