@@ -1,0 +1,48 @@
+"""Triton kernels: one file per op, written for Hopper and correct from sm_80 on.
+
+Every file holds the device code (`@triton.jit`), the choice of tiles and a plain function with the op's
+signature. There is no `triton.autotune`: a tuner times candidates at the first call, which is neither
+deterministic nor possible inside a CUDA-graph capture. Tiles come from arithmetic on the shape instead.
+`TRITON_INTERPRET=1`, set before the first import, runs the same kernels on CPU tensors.
+"""
+
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of tiles depends on."""
+
+    multiprocessors: int
+    smem_bytes: int  # the most shared memory that one block can ask for
+    capability: int  # 90 for compute capability 9.0
+
+
+# The interpreter runs on a CPU; it then makes the choices of an H200.
+H200 = Device(multiprocessors=132, smem_bytes=227 * 1024, capability=90)
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        multiprocessors=properties.multi_processor_count,
+        smem_bytes=properties.shared_memory_per_block_optin,
+        capability=10 * properties.major + properties.minor,
+    )
+
+
+def device_of(tensor: torch.Tensor) -> Device:
+    """The properties of the device that holds `tensor`."""
+    return _cuda_device(tensor.device.index) if tensor.is_cuda else H200
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """A context in which Triton, which launches on torch's current device, launches on `tensor`'s."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
