@@ -1,8 +1,9 @@
 """Residual and transformer blocks of the U-Net: every heavy operation is one registry op.
 
-Modules hold parameters under the names that diffusers gives Stable Diffusion 1.5, so that loading its
-checkpoint is a key lookup. Two exceptions, packed at load by `checkpoint.pack_attention`: the self-
-attention's to_q/to_k/to_v are one matrix `to_qkv`, the cross-attention's to_k/to_v one matrix `to_kv`.
+Modules hold parameters under the names that diffusers gives Stable Diffusion 1.5, so that loading
+its checkpoint is a key lookup. Two exceptions, packed at load by `checkpoint.pack_attention`: in a
+self-attention to_q, to_k and to_v are one matrix `to_qkv`, in a cross-attention to_k and to_v are
+one matrix `to_kv`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 class ResnetBlock(nn.Module):
-    """y = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + bias))), bias [B, C] from the noise level.
+    """y = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + bias))).
 
+    bias: [B, C_out], from the noise level.
     The bias is added inside the first convolution and the shortcut inside the second: four ops a
     block, five where the width changes.
     """

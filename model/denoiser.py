@@ -4,7 +4,7 @@ In both, x = clean + sigma * noise. With F the network:
     edm:  D = c_skip x + c_out F(c_in x, 250 ln sigma)      Karras et al. 2022, table 1
     eps:  D = x - sigma F(x / sqrt(sigma^2 + 1), t(sigma))  Ho et al. 2020; F predicts the noise
 `tiny` is trained from scratch and uses edm, which stays stable at few steps (DIAMOND, 2024). `880m`
-uses eps, since Stable Diffusion 1.5's weights predict eps; sigma = sqrt((1 - alpha_bar) / alpha_bar).
+uses eps, which Stable Diffusion 1.5's weights predict; sigma = sqrt((1 - alpha_bar) / alpha_bar).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DenoiserConfig:
 
 
 class NoiseCondition(NamedTuple):
-    """What a step needs to know about its noise level; `scales` is c_in, c_skip, c_out, each [B]."""
+    """What a step needs to know about its noise level; `scales` holds c_in, c_skip and c_out."""
 
     scales: Tensor  # [3, B] float32
     biases: list[Tensor]
@@ -138,7 +138,7 @@ class Denoiser(nn.Module):
 
 
 def _interpolate_step(sigma: Tensor) -> Tensor:
-    """t(sigma) by linear interpolation in ln(sigma) over the training steps; float32 [B], no sync."""
+    """t(sigma) [B] float32, linear in ln(sigma) between two training steps; no host sync."""
     table = schedule_sigmas().log().to(sigma.device, torch.float32)
     position = sigma.clamp_min(math.exp(-20.0)).log()
     high = torch.searchsorted(table, position).clamp(1, TRAIN_STEPS - 1)

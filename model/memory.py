@@ -57,7 +57,8 @@ class ContextMemory:
         """Remember an output [B, C, h, w]; it becomes the sink if it is the first since a reset."""
         if latents.shape != self.sink.shape:
             raise ValueError(
-                f"ContextMemory: latents must be {list(self.sink.shape)} (got {list(latents.shape)})"
+                f"ContextMemory: latents must be {list(self.sink.shape)} "
+                f"(got {list(latents.shape)})"
             )
         latents = latents.to(self.sink.dtype).clamp(-LATENT_LIMIT, LATENT_LIMIT)
         # cat reads everything before copy_ writes: an overlapping copy would smear one output.

@@ -14,12 +14,11 @@ from mirage_hello.model.unet import UNetConfig, VideoUNet
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that a checkpoint must agree on; `tokens` is the default length of the context."""
+    """The three configurations that make a model."""
 
     unet: UNetConfig
     autoencoder: AutoencoderConfig
     denoiser: DenoiserConfig
-    tokens: int
 
 
 PRESETS: dict[str, Preset] = {
@@ -30,11 +29,11 @@ PRESETS: dict[str, Preset] = {
             heads=(2, 3, 4, 6),  # head dimension 32 everywhere
             transformers=(False, True, True, True),  # none on the 1/8 grid: most pixels, least gain
             blocks_per_level=1,
+            context_tokens=4,
             styles=16,
         ),
         AutoencoderConfig(channels=(32, 64, 96)),
         DenoiserConfig("edm"),
-        tokens=4,
     ),
     # 389,763,140 parameters: Stable Diffusion 1.5 at 0.65 to 0.70 of its widths, head dimensions
     # 56, 56, 104 and (in the middle) 96, multiples of 8 as the attention kernels want them.
@@ -42,7 +41,6 @@ PRESETS: dict[str, Preset] = {
         UNetConfig(channels=(224, 448, 832, 864), heads=(4, 8, 8, 9)),
         AutoencoderConfig(),
         DenoiserConfig("eps", sigma_data=1.0),
-        tokens=77,
     ),
     # 861,640,644 parameters = Stable Diffusion 1.5's 859,520,964
     #   + 24 more input channels x 320 x 9 = 69,120
@@ -51,7 +49,6 @@ PRESETS: dict[str, Preset] = {
         UNetConfig(),
         AutoencoderConfig(),
         DenoiserConfig("eps", sigma_data=1.0),
-        tokens=77,
     ),
 }
 

@@ -38,8 +38,8 @@ class UNetConfig:
     history: int = 4  # past outputs in the input
     context_dim: int = 768
     groups: int = 32
-    styles: int = 0  # learned styles, each a set of conditioning tokens
-    style_tokens: int = 4
+    context_tokens: int = 77  # of a style, and of the context unless another is given
+    styles: int = 0  # learned styles, each `context_tokens` conditioning tokens
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
@@ -128,7 +128,7 @@ def _transformers(config: UNetConfig, level: int, count: int) -> nn.ModuleList:
 
 
 class VideoUNet(nn.Module):
-    """F(x, t, context, history noise): predicts the next frame's noise, or its clean part under EDM.
+    """F(x, t, context, history noise): the next frame's noise (eps) or EDM's F; see `Denoiser`.
 
     Args of the constructor: config; gradient_checkpointing (recompute each block in the backward:
     memory of one block instead of all, about 4/3 of the time).
@@ -151,7 +151,7 @@ class VideoUNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.groups, channels[0], eps=RESNET_EPS)
         self.conv_out = nn.Conv2d(channels[0], config.latent_channels, 3, padding=1)
         if config.styles:
-            tokens = torch.randn(config.styles, config.style_tokens, config.context_dim)
+            tokens = torch.randn(config.styles, config.context_tokens, config.context_dim)
             self.style_table = nn.Parameter(tokens)
         self.to(memory_format=torch.channels_last)
 
@@ -161,7 +161,7 @@ class VideoUNet(nn.Module):
         """F(x, t, context, history noise).
 
         Args:
-            x: [B, in_channels, h, w], channels-last, the model's dtype; see `UNetConfig.in_channels`.
+            x: [B, in_channels, h, w], channels-last, the model's dtype: `UNetConfig.in_channels`.
             timesteps: [B] float32 on the device: 0..999 (eps) or 250 ln(sigma) (EDM).
             context: [B, L, context_dim] conditioning tokens.
             history_noise: [B] float32, sigma of the noise in the memory channels; None is 0.
@@ -218,7 +218,8 @@ class VideoUNet(nn.Module):
 
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
-                x = self._run(resnet, torch.cat([x, skips.pop()], 1), next(bias))
+                x = torch.cat([x, skips.pop()], 1)
+                x = self._run(resnet, x, next(bias))
                 if block.attentions:
                     x = self._run(block.attentions[i], x, next(key))
             for upsample in block.upsamplers:
@@ -228,7 +229,7 @@ class VideoUNet(nn.Module):
         return ops.conv2d(x, self.conv_out.weight, self.conv_out.bias, padding=1)
 
     def style(self, index: int) -> Tensor:
-        """Conditioning tokens [1, style_tokens, context_dim] of a learned style."""
+        """Conditioning tokens [1, context_tokens, context_dim] of a learned style."""
         if not 0 <= index < self.config.styles:
             raise ValueError(
                 f"style: this model has {self.config.styles} learned styles (got {index}); "
