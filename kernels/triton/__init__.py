@@ -1,9 +1,9 @@
 """Triton kernels: one file per op, written for Hopper and correct from sm_80 on.
 
-Every file holds the device code (`@triton.jit`), the choice of tiles and a plain function with the op's
-signature. There is no `triton.autotune`: a tuner times candidates at the first call, which is neither
-deterministic nor possible inside a CUDA-graph capture. Tiles come from arithmetic on the shape instead.
-`TRITON_INTERPRET=1`, set before the first import, runs the same kernels on CPU tensors.
+Every file holds the device code (`@triton.jit`), the choice of tiles and a plain function with the
+op's signature. There is no `triton.autotune`: it times candidates at the first call, which is
+neither deterministic nor possible inside a CUDA-graph capture. Tiles come from arithmetic on the
+shape instead. `TRITON_INTERPRET=1`, set before the first import, runs the kernels on CPU tensors.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def device_of(tensor: torch.Tensor) -> Device:
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """A context in which Triton, which launches on torch's current device, launches on `tensor`'s."""
+    """Make `tensor`'s device torch's current one, which is where Triton launches."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()

@@ -95,7 +95,8 @@ def axpby(a: float | Tensor, x: Tensor, b: float | Tensor, y: Tensor) -> Tensor:
 
     Args:
         a, b: a float, or float32 [B], one value for each sample of x.
-        x, y: [B, ...], one shape and dtype; float32, float16 or bfloat16; dense, the batch outermost.
+        x, y: [B, ...], one shape and dtype, dense with the batch outermost; float32, float16 or
+            bfloat16.
 
     Returns:
         x's shape, dtype and layout.

@@ -1,4 +1,4 @@
-"""group_norm: (x - mean_g) / sqrt(var_g + eps) * weight_c + bias_c per sample and group of channels.
+"""group_norm: (x - mean_g) / sqrt(var_g + eps) * weight_c + bias_c, groups of channels of a sample.
 group_norm_silu: the same, then y / (1 + exp(-y)).
 
 Algorithm: x is [B, C, S], S pixels, with strides that make one kernel serve both layouts.
@@ -44,17 +44,15 @@ def one_pass_kernel(
     x, weight, bias, out, C, G, S, x_b, x_c, x_s, eps,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    # Indices
+    # Indices: 32-bit offsets inside a group, which spans at most MAX_GROUP pixels.
     width = C // G
-    sample = (tl.program_id(0) // G).to(tl.int64)
+    first = tl.program_id(0) % G * width
     pixels = tl.arange(0, BLOCK_S)
     inner = tl.arange(0, BLOCK_C)
-    channels = tl.program_id(0) % G * width + inner
     inside = inner < width
     mask = (pixels < S)[:, None] & inside[None, :]
-    offsets = (
-        sample * x_b + pixels.to(tl.int64)[:, None] * x_s + channels.to(tl.int64)[None, :] * x_c
-    )
+    base = (tl.program_id(0) // G).to(tl.int64) * x_b + first.to(tl.int64) * x_c
+    offsets = base + (pixels[:, None] * x_s + inner[None, :] * x_c)
     # Load
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     # Reduce
@@ -64,7 +62,7 @@ def one_pass_kernel(
     variance = tl.sum(tl.sum(centred * centred, 1), 0) / count
     # Store
     rstd = 1.0 / tl.sqrt_rn(variance + eps)
-    value = _scale(value, mean, rstd, channels, inside, weight, bias, SILU)
+    value = _scale(value, mean, rstd, first + inner, inside, weight, bias, SILU)
     tl.store(out + offsets, value.to(out.dtype.element_ty), mask=mask)
 
 

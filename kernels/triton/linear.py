@@ -1,4 +1,5 @@
-"""linear: x @ weight^T + bias + residual.  geglu: h * gelu(gate), (h, gate) the halves of x @ weight^T + bias.
+"""linear: x @ weight^T + bias + residual.
+geglu: h * gelu(gate), where (h, gate) are the halves of x @ weight^T + bias.
 
 Algorithm: one program per BLOCK_M x BLOCK_N tile of the result, in an order that keeps GROUP_M
     rows of tiles together in L2, K streamed BLOCK_K at a time through a software pipeline. GEGLU
