@@ -1,0 +1,1 @@
+"""Training data: procedural worlds, and real video from folders and shards."""
