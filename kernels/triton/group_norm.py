@@ -52,9 +52,9 @@ def one_pass_kernel(
     inside = inner < width
     mask = (pixels < S)[:, None] & inside[None, :]
     base = (tl.program_id(0) // G).to(tl.int64) * x_b + first.to(tl.int64) * x_c
-    offsets = base + (pixels[:, None] * x_s + inner[None, :] * x_c)
+    offsets = pixels[:, None] * x_s + inner[None, :] * x_c
     # Load
-    value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + base + offsets, mask=mask, other=0.0).to(tl.float32)
     # Reduce
     count = tl.cast(width * S, tl.float32)
     mean = tl.sum(tl.sum(value, 1), 0) / count
@@ -63,7 +63,7 @@ def one_pass_kernel(
     # Store
     rstd = 1.0 / tl.sqrt_rn(variance + eps)
     value = _scale(value, mean, rstd, first + inner, inside, weight, bias, SILU)
-    tl.store(out + offsets, value.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + base + offsets, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
