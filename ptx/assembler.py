@@ -29,6 +29,27 @@ _templates = jinja2.Environment(
 )
 
 
+def registers(prefix: str, count: int, start: int = 0) -> str:
+    """`{%s_0, %s_1, ...}`: a vector operand, eight registers a line."""
+    names = [f"{prefix}{i}" for i in range(start, start + count)]
+    lines = [", ".join(names[i : i + 8]) for i in range(0, count, 8)]
+    return "{" + (",\n       ").join(lines) + "}"
+
+
+def descriptor(leading_bytes: int, stride_bytes: int, swizzle: int) -> str:
+    """A wgmma matrix descriptor without its address (PTX ISA, "Matrix descriptor"), as a constant.
+
+    Bits 16..29 and 32..45 hold the leading and stride byte offsets in units of 16 B, bits 62..63
+    the swizzle.
+    """
+    mode = {0: 0, 128: 1, 64: 2, 32: 3}[swizzle]
+    value = leading_bytes >> 4 << 16 | stride_bytes >> 4 << 32 | mode << 62
+    return f"0x{value:016x}"
+
+
+_templates.globals.update(registers=registers, descriptor=descriptor)
+
+
 class CompileError(RuntimeError):
     """A source does not compile; the text has the compiler's own words."""
 
