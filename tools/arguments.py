@@ -20,6 +20,7 @@ DTYPES = {
     "bf16": "bfloat16",
     "bfloat16": "bfloat16",
 }
+LONGEST_SIDE = 8192  # of an H.264 level that players know (level 6.2: 8192x4320)
 BACKEND_HELP = (
     "auto (default), one backend for every op (torch, ptx, ...), a list in order of preference "
     "(ptx,auto), or op=backend pairs (attention=triton,conv2d=torch)"
@@ -101,3 +102,16 @@ def backend_policy(text: str) -> Policy:
         return policy({**choices, "default": default} if choices else default)
     except ValueError as error:
         raise BadInput(f"--backend: {error}") from error
+
+
+def size(text: str | None) -> tuple[int, int] | None:
+    """(width, height) of "640x360".  Raises BadInput for anything else."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise BadInput(f"--size: expected WIDTHxHEIGHT, such as 640x360 (got {text!r})")
+    width, height = int(parts[0]), int(parts[1])
+    if max(width, height) > LONGEST_SIDE:
+        raise BadInput(f"--size: at most {LONGEST_SIDE} pixels a side (got {text!r})")
+    return width, height

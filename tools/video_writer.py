@@ -134,15 +134,28 @@ class VideoWriter:
         return self.container.add_stream_from_template(audio)
 
 
-def _create_beside(path: Path) -> Path:
-    """An empty hidden file next to `path`, so that the rename stays within one file system."""
+def check_target(path: Path, source: Path) -> None:
+    """Say what is wrong with an output path before anything slow begins.
+
+    Raises:
+        BadInput: `path` is `source`, a directory, of an ending that is not in CONTAINERS, or in a
+            folder that does not exist.
+    """
     if path.is_dir():
         raise BadInput(f"-o {str(path)!r} is a directory; name a file in it, such as out.mp4")
+    if path.exists() and source.exists() and path.samefile(source):
+        raise BadInput(f"input and output are the same file ({str(path)!r}); give -o another name")
     if path.suffix.lower() not in CONTAINERS:
         raise BadInput(
             f"cannot write H.264 with free timestamps into {path.name!r}; "
             f"expected a name that ends in {', '.join(CONTAINERS)}"
         )
+    if not path.parent.is_dir():
+        raise BadInput(f"cannot write into {str(path.parent)!r}: no such folder; make it first")
+
+
+def _create_beside(path: Path) -> Path:
+    """An empty hidden file next to `path`, so that the rename stays within one file system."""
     partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
         with partial.open("wb"):
@@ -150,6 +163,6 @@ def _create_beside(path: Path) -> Path:
     except OSError as error:
         raise BadInput(
             f"cannot write into {str(path.parent)!r} ({error.strerror}); "
-            "give -o a path in a folder that exists and is writable"
+            "give -o a path in a folder that is writable"
         ) from error
     return partial
