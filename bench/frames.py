@@ -1,0 +1,268 @@
+"""The `frame` rows: a clip pushed through FrameStream, uint8 in to uint8 out, four ways.
+
+One frame is timed on the host's clock from the call of `push` to its return, which waits for the
+output frame: decode to the U-Net, all denoising steps and back, copies over the bus included. The
+ways take turns in blocks of frames. torch-compile compiles encode, denoise and decode (fullgraph)
+and is captured in the stream's own CUDA graph, which favours it over its reduce-overhead mode.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mirage_hello.kernels.parity import exact_float32
+from mirage_hello.model import FrameStream
+
+from .model import MODEL_SECONDS, Models, allowed_error, chosen_kernels, compile_seconds
+from .rows import Begin, Options, Outcome
+
+CLIP = Path(__file__).resolve().parent.parent / "assets" / "demo.mp4"
+BLOCKS = 4  # each way runs a quarter of its frames, then the next way
+EAGER_SHARE = 5  # eager runs a fifth of the frames: it is slow, and its spread is not the question
+PARITY_FRAMES = 4
+PROFILED_FRAMES = 10
+WARM_UP_FRAMES = 5
+FRAME_SECONDS = 300.0
+
+
+def frame_row(where: dict[str, str], models: Models, steps: int) -> Callable[..., Outcome]:
+    """Measures the whole frame with `steps` denoising steps."""
+
+    def run(begin: Begin, lost: Any) -> Outcome:
+        options = models.options
+        begin("build and parity", MODEL_SECONDS)
+        clip, clip_name = read_clip(options)
+        parity, chosen = _parity(models, steps, clip)
+        outcome = Outcome()
+        if not parity["error"] <= parity["allowed"]:
+            outcome.failures.append(_failure(where, _numbers(parity)))
+            return outcome
+        begin("torch-compile", compile_seconds(options))
+        streams, extra = _streams(models, steps, clip, with_compile="torch-compile" not in lost)
+        begin("frames", FRAME_SECONDS)
+        times_us = _run_clip(streams, clip, options)
+        measured = {name: _percentiles(samples) for name, samples in times_us.items()}
+        for name, peak_bytes in extra.pop("peak_bytes").items():
+            measured[name]["peak_bytes"] = peak_bytes
+        row = _row(where, measured, times_us["ours"]) | extra | {"parity": parity}
+        row |= {"kernels": chosen, "clip": clip_name, "steps": steps}
+        if options.device == "cuda":
+            begin("profile", MODEL_SECONDS)
+            row["transfers"] = transfers(streams["ours"], clip)
+            if not row["transfers"]["only_the_frame"]:
+                reason = f"more crosses the bus than the frame: {row['transfers']['per_frame'][0]}"
+                outcome.failures.append(_failure(where, reason))
+        outcome.rows.append(row)
+        return outcome
+
+    return run
+
+
+def read_clip(options: Options) -> tuple[np.ndarray, str]:
+    """The frames to push, uint8 [F, H, W, 3] at the size asked for, and where they are from.
+
+    A video by PyAV, or a .npy file of frames. A clip shorter than the run is played to and fro.
+    """
+    path = Path(options.clip) if options.clip else CLIP
+    height, width = options.size
+    if path.suffix == ".npy":
+        frames = np.load(path)[: options.frames]
+    else:
+        import av
+
+        with av.open(str(path)) as container:
+            decoded = (
+                frame.to_ndarray(format="rgb24", width=width, height=height)
+                for _, frame in zip(range(options.frames), container.decode(video=0), strict=False)
+            )
+            frames = np.stack(list(decoded))
+    if frames.shape[1:] != (height, width, 3) or frames.dtype != np.uint8:
+        expected = f"[F, {height}, {width}, 3] uint8"
+        raise ValueError(f"{path}: expected {expected} (got {frames.shape} {frames.dtype})")
+    return frames, f"{path.name}, {len(frames)} frames"
+
+
+def _played(clip: np.ndarray, first: int, count: int) -> Iterator[np.ndarray]:
+    """`count` frames from `first` on, to and fro, so that there is no cut."""
+    period = max(1, 2 * len(clip) - 2)
+    for i in range(first, first + count):
+        at = i % period
+        yield clip[at if at < len(clip) else period - at]
+
+
+def _parity(
+    models: Models, steps: int, clip: np.ndarray
+) -> tuple[dict[str, float], dict[str, list[str]]]:
+    """Closed loop over the first frames: pictures against those of the float32 model."""
+    dtype = models.dtype
+
+    def pictures(pair: Any, policy: str) -> torch.Tensor:
+        stream = FrameStream(*pair, steps=steps, policy=policy, graph=False)
+        return torch.stack(
+            [torch.from_numpy(stream.push(f)) for f in _played(clip, 0, PARITY_FRAMES)]
+        ).double()
+
+    def error(out: torch.Tensor) -> float:
+        return ((out - truth).norm() / truth.norm()).item()
+
+    with exact_float32():
+        truth = pictures(models.reference, "torch")
+    plain_error = error(pictures(models.plain, "torch"))
+    with chosen_kernels() as chosen:
+        ours_error = error(pictures(models.plain, "auto"))
+    allowed = allowed_error(plain_error, dtype)
+    return {"error": ours_error, "allowed": allowed, "plain_error": plain_error}, chosen
+
+
+def _streams(
+    models: Models, steps: int, clip: np.ndarray, with_compile: bool
+) -> tuple[dict[str, FrameStream], dict[str, Any]]:
+    """A warm stream for each way, with its peak memory and the seconds that compiling took."""
+    on_gpu = models.options.device == "cuda"
+    ways: dict[str, Callable[[], FrameStream]] = {
+        "torch-eager": lambda: FrameStream(*models.plain, steps=steps, policy="torch", graph=False),
+        "ours": lambda: FrameStream(*models.plain, steps=steps, policy="auto"),
+    }
+    if on_gpu:
+        ways["cuda-graph"] = lambda: FrameStream(*models.plain, steps=steps, policy="torch")
+        if with_compile:
+            ways["torch-compile"] = lambda: _compiled_stream(models, steps)
+    streams, peaks, extra = {}, {}, {}
+    weights = sum(p.numel() * p.element_size() for m in models.plain for p in m.parameters())
+    for name, make in ways.items():
+        started = time.perf_counter()
+        before = _reset_peak() if on_gpu else 0
+        streams[name] = make()
+        for frame in _played(clip, 0, WARM_UP_FRAMES):
+            streams[name].push(frame)
+        if on_gpu:
+            peaks[name] = torch.cuda.max_memory_allocated() - before + weights
+        if name == "torch-compile":
+            extra["compile_seconds"] = time.perf_counter() - started
+    return streams, {**extra, "peak_bytes": peaks}
+
+
+def _compiled_stream(models: Models, steps: int) -> FrameStream:
+    """The torch backend with its three networks compiled; compiled once for every `steps`."""
+    denoiser, autoencoder = models.compiled
+    for module, method in ((denoiser, "denoise"), (autoencoder, "encode"), (autoencoder, "decode")):
+        if method not in vars(module):
+            compiled = torch.compile(getattr(module, method), fullgraph=True, dynamic=False)
+            setattr(module, method, compiled)
+    return FrameStream(denoiser, autoencoder, steps=steps, policy="torch")
+
+
+def _reset_peak() -> int:
+    """Forget the peak; returns the bytes allocated now (the other ways' models and buffers)."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _run_clip(
+    streams: dict[str, FrameStream], clip: np.ndarray, options: Options
+) -> dict[str, list[float]]:
+    """Microseconds of each frame, block by block; stops between blocks when the time is up."""
+    times_us: dict[str, list[float]] = {name: [] for name in streams}
+    for _ in range(BLOCKS):
+        for name, stream in streams.items():
+            share = EAGER_SHARE if name == "torch-eager" and len(streams) > 2 else 1
+            count = max(5, options.frames // (BLOCKS * share))
+            for frame in _played(clip, len(times_us[name]), count):
+                started = time.perf_counter()
+                stream.push(frame)
+                times_us[name].append((time.perf_counter() - started) * 1e6)
+        if time.time() > options.deadline:
+            break
+    return times_us
+
+
+def _percentiles(samples_us: list[float]) -> dict[str, float]:
+    p10, p50, p90, p95, p99 = np.percentile(samples_us, (10, 50, 90, 95, 99))
+    named = {"p10": p10, "p50": p50, "p90": p90, "p95": p95, "p99": p99}
+    return {k: float(v) for k, v in named.items()} | {"frames": len(samples_us)}
+
+
+def _row(
+    where: dict[str, str], measured: dict[str, dict[str, Any]], samples_us: list[float]
+) -> dict[str, Any]:
+    ours = measured.pop("ours")
+    return {
+        **where,
+        "backend": "auto",
+        "time_us": {key: ours[key] for key in ("p10", "p50", "p90")},
+        "tflops": None,
+        "gbps": None,
+        "fraction_of_ceiling": None,
+        "peers": {name: times["p50"] for name, times in measured.items()},
+        "kernel": "frame/auto",
+        "cache": "hot",
+        "how": "perf_counter around push",
+        "frame_us": ours,
+        "peer_frames": measured,
+        "samples_us": [round(sample, 1) for sample in samples_us],
+    }
+
+
+def transfers(stream: FrameStream, clip: np.ndarray) -> dict[str, Any]:
+    """What crosses the bus during some frames, from the profiler's own records.
+
+    Returns:
+        {"per_frame": [[{"name", "bytes"}, ...] of each frame], "frame_bytes": H W 3,
+         "only_the_frame": one copy in and one copy out of exactly frame_bytes in every frame}
+    """
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for i, frame in enumerate(_played(clip, 0, PROFILED_FRAMES)):
+            with record_function(f"frame {i}"):
+                stream.push(frame)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    spans = {
+        e["name"]: (e["ts"], e["ts"] + e["dur"])
+        for e in events
+        if e.get("cat") == "user_annotation" and e["name"].startswith("frame ")
+    }
+    copies = [e for e in events if e.get("cat") == "gpu_memcpy" and "DtoD" not in e["name"]]
+    per_frame = [
+        [
+            {"name": e["name"], "bytes": e["args"].get("bytes")}
+            for e in copies
+            if begin <= e["ts"] < end
+        ]
+        for begin, end in spans.values()
+    ]
+    frame_bytes = int(clip[0].nbytes)
+    allowed = functools.partial(_is_the_frame, frame_bytes=frame_bytes)
+    return {
+        "per_frame": per_frame,
+        "frame_bytes": frame_bytes,
+        "only_the_frame": len(per_frame) == PROFILED_FRAMES and all(map(allowed, per_frame)),
+    }
+
+
+def _is_the_frame(copies: list[dict[str, Any]], frame_bytes: int) -> bool:
+    """One copy in, one copy out, each of exactly one frame."""
+    directions = sorted("in" if "HtoD" in copy["name"] else "out" for copy in copies)
+    return directions == ["in", "out"] and all(copy["bytes"] == frame_bytes for copy in copies)
+
+
+def _failure(where: dict[str, str], reason: str) -> dict[str, Any]:
+    return {**where, "backend": "auto", "kernel": "frame/auto", "reason": reason}
+
+
+def _numbers(parity: dict[str, float]) -> str:
+    return f"error {parity['error']:.2e} of {parity['allowed']:.2e} allowed"

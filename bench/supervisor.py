@@ -1,0 +1,129 @@
+"""Runs a whole benchmark: a process a group, within a time budget, whatever a kernel does.
+
+The journal of the worker says which step it is in and how long that may take. A step that takes
+longer, or a worker that dies, costs that step alone: it is marked lost and the group goes on
+without it in a new process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from . import results
+from .rows import STEP_SECONDS, Options
+from .worker import GROUPS, OUT_OF_TIME, Entry, Journal, encoded
+
+START_SECONDS = 120.0  # imports, CUDA context and the first compilation of a new process
+MOST_RESTARTS = 12  # of one group: past this something is wrong with the machine, not a kernel
+POLL_SECONDS = 0.1
+
+
+def run_groups(
+    groups: Iterable[str],
+    options: Options,
+    out: Path,
+    budget_seconds: float | None = None,
+    commit: str | None = None,
+    to_stderr: bool = False,
+) -> results.Run:
+    """Measure the groups into `out`, each in its own process.
+
+    Args:
+        groups: names among worker.GROUPS; the ceilings always come first.
+        options: what to measure.
+        out: the results file; it exists, valid and partial, from the start.
+        budget_seconds: nothing new begins after this, and what runs is stopped.
+        commit: see results.new_run.
+        to_stderr: print the rows there, so that stdout stays free for JSON.
+
+    Returns:
+        The run as written, with meta["seconds"] per group.
+    """
+    started = time.time()
+    if budget_seconds is not None:
+        options = dataclasses.replace(options, deadline=started + budget_seconds)
+    run = results.new_run(options.device, commit)
+    run["meta"] |= {"quick": options.quick, "seconds": {}, "command": sys.argv[1:]}
+    results.write(run, out)
+    Journal(out).path.unlink(missing_ok=True)
+    try:
+        wanted = set(groups) | {"ceilings"}
+        for group in (g for g in GROUPS if g in wanted):
+            begun = time.time()
+            problem = _run_group(group, options, out, to_stderr)
+            run = results.load(out)
+            run["meta"]["seconds"][group] = round(time.time() - begun, 1)
+            if problem:
+                run["skipped"].append({"group": group, "reason": problem})
+                print(f"{group}: {problem}", file=sys.stderr, flush=True)
+            results.write(run, out)
+            if group == "ceilings" and "ceilings" not in run["meta"]:
+                break  # nothing can be held against them
+    finally:
+        Journal(out).path.unlink(missing_ok=True)
+    return run
+
+
+def _run_group(group: str, options: Options, out: Path, to_stderr: bool) -> str | None:
+    """None when the group ended by itself, else what stopped it."""
+    journal = Journal(out)
+    for _ in range(MOST_RESTARTS):
+        if time.time() > options.deadline:
+            return OUT_OF_TIME
+        problem = _run_worker(group, options, out, to_stderr)
+        if problem is None or problem == OUT_OF_TIME:
+            return problem
+        last = (journal.entries() or [Entry(group, "start", state="end")])[-1]
+        if last.state != "begin":
+            return f"its process {problem} before it began anything"
+        journal.append(Entry(last.unit, last.step, state="lost"))
+        print(f"{last.unit}: {last.step} {problem}", file=sys.stderr, flush=True)
+        if group == "ceilings":
+            return f"its process {problem}"
+        _note_lost(out, last, problem)
+    return f"its process was lost {MOST_RESTARTS} times; the machine needs a look"
+
+
+def _run_worker(group: str, options: Options, out: Path, to_stderr: bool) -> str | None:
+    # -P: the current folder stays out of sys.path, where our kernels/ would hide another package.
+    command = [sys.executable, "-P", "-m", "mirage_hello.bench.worker"]
+    process = subprocess.Popen(
+        [*command, group, encoded(options), str(out)],
+        stdout=sys.stderr if to_stderr else None,
+    )
+    try:
+        return _watch(process, options, Journal(out))
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _watch(process: subprocess.Popen, options: Options, journal: Journal) -> str | None:
+    """Wait for the process; stop it when its step or the budget runs out."""
+    known, changed, allowed = len(journal.entries()), time.time(), START_SECONDS
+    while process.poll() is None:
+        time.sleep(POLL_SECONDS)
+        entries = journal.entries()
+        if len(entries) != known:
+            known, changed = len(entries), time.time()
+            allowed = entries[-1].seconds or STEP_SECONDS
+        if time.time() > options.deadline + 5:  # the worker itself stops between two cases
+            return OUT_OF_TIME
+        if time.time() - changed > allowed:
+            return f"gave no answer in {allowed:.0f} s and was stopped"
+    return None if process.returncode == 0 else f"died (exit code {process.returncode})"
+
+
+def _note_lost(out: Path, entry: Entry, problem: str) -> None:
+    """A kernel that hangs or kills its process has failed, as surely as one that is wrong."""
+    run = results.load(out)
+    op, case, dtype = (part.strip() for part in [*entry.unit.split("|"), "", ""][:3])
+    failure = {"op": op, "case": case, "dtype": dtype, "kernel": entry.step}
+    run["failures"].append({**failure, "reason": f"its process {problem}"})
+    results.write(run, out)

@@ -1,0 +1,133 @@
+"""Tile sweep of attention.sm90a on a GPU: parity first, then time beside cuDNN and flash.
+
+    python bench/sweeps/attention.py [CASE-SUBSTRING]      writes $OUT/sweep-attention.json
+
+Each case runs in a process of its own with a time limit, so a kernel that hangs costs little.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mirage_hello.bench import harness
+from mirage_hello.kernels import parity
+from mirage_hello.kernels.attention_sm90a import Tile, attention_sm90a
+from mirage_hello.reference import attention
+
+LIMIT_S = 60
+# name: (B, H, N, M, D)
+CASES = {
+    "h8 4096x4096 d40": (1, 8, 4096, 4096, 40),
+    "b2 h8 4096x4096 d40": (2, 8, 4096, 4096, 40),
+    "h10 4096x4096 d64": (1, 10, 4096, 4096, 64),
+    "h5 4096x4096 d64": (1, 5, 4096, 4096, 64),
+    "h8 1024x1024 d80": (1, 8, 1024, 1024, 80),
+    "h20 1024x1024 d64": (1, 20, 1024, 1024, 64),
+    "h8 256x256 d160": (1, 8, 256, 256, 160),
+    "h8 4096x77 d40": (1, 8, 4096, 77, 40),
+    "h16 8192x8192 d64": (1, 16, 8192, 8192, 64),
+    "h16 8192x8192 d128": (1, 16, 8192, 8192, 128),
+    "h8 4096x16384 d64": (1, 8, 4096, 16384, 64),
+}
+SMEM = 232448  # bytes a block may have on Hopper
+
+
+def tiles(n: int, m: int, d: int) -> list[Tile]:
+    """Every tile that fits registers and shared memory, thinned by what the first sweeps said."""
+    limit = {1: 250, 2: 232, 3: 152, 4: 104}  # registers a consumer thread may hold, less scratch
+    found = []
+    for groups in (1, 2, 3, 4):
+        for block_n in (64, 80, 96, 112, 128, 176):
+            for stages in (2, 3):
+                registers = block_n // 2 + block_n // 4 + d // 2 + 24
+                tile = Tile(groups, block_n, stages, groups > 1, 0)
+                if registers > limit[groups] or tile.smem_bytes(d) > SMEM or block_n > m + 15:
+                    continue
+                if 64 * groups > max(64, n) or (groups > 1 and block_n < 64):
+                    continue
+                found.append(tile)
+                if d <= 80 and m > 200:
+                    found += [tile.with_poly(p) for p in (2, 3, 4)]
+    return found
+
+
+def run_case(name: str) -> dict:
+    b, h, n, m, d = CASES[name]
+    draw = lambda length: torch.randn(b, length, h, d, device="cuda").bfloat16()  # noqa: E731
+    q, k, v = draw(n), draw(m), draw(m)
+    rows = slice(0, min(n, 512))  # the float64 truth of 512 queries is enough to find a wrong tile
+    last = slice(max(0, n - 64), n)
+    pick = lambda x: torch.cat([x[:, rows], x[:, last]], 1)  # noqa: E731
+    truth = attention(pick(q).double(), k.double(), v.double())
+    sdpa = lambda: torch.nn.functional.scaled_dot_product_attention(  # noqa: E731
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    ).transpose(1, 2)
+    plain = pick(sdpa())
+    candidates = tiles(n, m, d)
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda t: t.program(d, "bf16").compile("sm_90a"), candidates))
+    good, rows_out = {}, []
+    for tile in candidates:
+        out = attention_sm90a(q, k, v, None, tile)
+        result = parity.judge(pick(out), plain, truth)
+        if not result.passed:
+            rows_out.append({"tile": str(tile), "parity": str(result)})
+            print(f"{name} {tile} {result}", flush=True)
+            continue
+        good[str(tile)] = lambda tile=tile: attention_sm90a(q, k, v, None, tile)
+
+    def backend(which):
+        def call():
+            with sdpa_kernel(which):
+                return sdpa()
+
+        return call
+
+    peers = {
+        "cudnn": backend(SDPBackend.CUDNN_ATTENTION),
+        "flash": backend(SDPBackend.FLASH_ATTENTION),
+    }
+    effort = harness.Effort(rounds=6, sample_us=600.0)
+    timed = harness.measure({**peers, **good}, "cuda", effort=effort)
+    medians = {key: t.median_us for key, t in timed.items()}
+    best_peer = min(medians["cudnn"], medians["flash"])
+    ranked = sorted((us, key) for key, us in medians.items())
+    print(f"{name}: cudnn {medians['cudnn']:.1f} flash {medians['flash']:.1f} us", flush=True)
+    for us, key in ranked[:8]:
+        print(f"   {us:8.2f} us  {us / best_peer:.3f}  {key}", flush=True)
+    return {"case": name, "time_us": medians, "wrong": rows_out}
+
+
+def main() -> int:
+    out = os.environ.get("OUT", ".")
+    if len(sys.argv) > 2 and sys.argv[1] == "--case":
+        with open(f"{out}/.case.json", "w") as f:
+            json.dump(run_case(sys.argv[2]), f)
+        return 0
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    results = []
+    for name in CASES:
+        if wanted not in name:
+            continue
+        command = [sys.executable, __file__, "--case", name]
+        try:
+            code = subprocess.run(command, timeout=LIMIT_S, check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = "timed out"
+        if code:
+            print(f"{name}: failed ({code})", flush=True)
+            continue
+        with open(f"{out}/.case.json") as f:
+            results.append(json.load(f))
+        with open(f"{out}/sweep-attention.json", "w") as f:
+            json.dump(results, f, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Chooses rows for plots and tables: the newest of each, the best backend, the peers in order."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mirage_hello.bench import results
+from mirage_hello.bench.case import PEERS
+
+Row = dict[str, Any]
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def newest_rows(runs: Sequence[results.Run]) -> list[Row]:
+    """The newest row of each op, case, dtype, kernel and cache state, in the order of the ops.
+
+    Args:
+        runs: of one machine, oldest first. Ratios are taken within a row, whose peers ran beside
+            it, so rows of different runs may stand in one table; each keeps its `run`.
+    """
+    rows: dict[tuple, Row] = {}
+    for run in runs:
+        source = {"commit": run["meta"]["commit"], "date": run["meta"]["date"]}
+        for row in run["rows"]:
+            rows[results.row_key(row)] = {**row, "run": source}
+    return sorted(rows.values(), key=_order)
+
+
+def _order(row: Row) -> tuple:
+    ops = ("frame", "unet_step", "residual_block", "attention", "conv2d", "group_norm_silu",
+           "group_norm", "linear", "geglu", "layer_norm", "silu", "axpby")  # fmt: skip
+    place = ops.index(row["op"]) if row["op"] in ops else len(ops)
+    size = re.fullmatch(r"(\d+) (KiB|MiB)", row["case"])
+    size_bytes = int(size[1]) * {"KiB": 1, "MiB": 1024}[size[2]] if size else 0
+    return place, row["op"], row["dtype"], size_bytes
+
+
+def best_rows(rows: Iterable[Row], cache: str = "hot") -> list[Row]:
+    """The fastest row of each op, case and dtype among our backends.
+
+    The torch backend is PyTorch itself behind our registry, so it stands for us only where no
+    other backend ran (on a CPU).
+    """
+    best: dict[tuple, Row] = {}
+    for row in rows:
+        if row.get("cache", "hot") != cache:
+            continue
+        key = row["op"], row["case"], row["dtype"]
+        if key not in best or _rank(row) < _rank(best[key]):
+            best[key] = row
+    return list(best.values())
+
+
+def _rank(row: Row) -> tuple[bool, float]:
+    return row["backend"] == "torch", row["time_us"]["p50"]
+
+
+def peers_of(rows: Iterable[Row]) -> list[str]:
+    """The peers that any of the rows was timed against, without `copy`, in a fixed order."""
+    found = {name for row in rows for name in row["peers"]}
+    return [name for name in ("cuda-graph", *PEERS) if name in found and name != "copy"]
+
+
+def case_title(row: Row) -> str:
+    """The case and the short name of the dtype."""
+    return f"{row['case']} {SHORT.get(row['dtype'], row['dtype'])}"
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """exp(mean(log(values))); 0 for none."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else 0.0
