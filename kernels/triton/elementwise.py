@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mirage_hello.kernels.layout import in_order_of
 from mirage_hello.kernels.triton import on_device
 
 # 8 float32 values (two 16-byte accesses) a thread of 4 warps.
@@ -83,7 +84,7 @@ def silu(x: Tensor) -> Tensor:
         x's shape, dtype and layout.
     """
     out = torch.empty_like(x)
-    x = _as(x, out)
+    x = in_order_of(x, out)
     if x.numel():
         with on_device(x):
             silu_kernel[_grid(x.numel())](x, out, x.numel(), BLOCK)
@@ -104,7 +105,7 @@ def axpby(a: float | Tensor, x: Tensor, b: float | Tensor, y: Tensor) -> Tensor:
     Numerics: one FMA and one product in float32, one rounding.
     """
     out = torch.empty_like(x)
-    x, y = _as(x, out), _as(y, out)
+    x, y = in_order_of(x, out), in_order_of(y, out)
     if x.numel() == 0:
         return out
     per_sample = [isinstance(c, Tensor) for c in (a, b)]
@@ -151,8 +152,3 @@ def model_to_frame(x: Tensor) -> Tensor:
         with on_device(x):
             model_to_frame_kernel[_grid(x.numel())](x, out, x.numel(), BLOCK)
     return out
-
-
-def _as(x: Tensor, like: Tensor) -> Tensor:
-    """x in the memory order of `like`: itself where it has that order, else a copy."""
-    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
