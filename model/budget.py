@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -122,6 +123,7 @@ def available(device: torch.device | str) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@cache
 def _parameters(chosen: Preset) -> int:
     with torch.device("meta"):  # shapes only: no memory, no random numbers
         modules = VideoUNet(chosen.unet), Autoencoder(chosen.autoencoder)
@@ -158,7 +160,7 @@ TRANSFORMER = 19  # x C: entry, stream, norm, GEGLU's projection 8, gelu(gate) 4
 
 
 def _unet_moments(unet: UNetConfig, h: int, w: int, item: int) -> Iterator[tuple[str, int]]:
-    """(where, bytes alive) at each block of `VideoUNet.predict`."""
+    """(where, bytes alive) at each block of `VideoUNet._predict`."""
     pixels = _levels(h, w, len(unet.channels))
     held = 3 * unet.in_channels * pixels[0]  # the frame's latents, the memory, the input of a step
     skips = [unet.channels[0] * pixels[0]]

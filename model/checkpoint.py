@@ -180,7 +180,9 @@ def _read(
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+            # A copy: the file is mapped, and would crash us if somebody truncated it later.
+            names = file.keys()
+            tensors = {name: file.get_tensor(name).to(dtype, copy=True) for name in names}
     except SafetensorError as error:
         raise ValueError(
             f"checkpoint {path}: not a whole safetensors file ({error}); it may have been cut "

@@ -72,39 +72,34 @@ class Denoiser(nn.Module):
     def forward(
         self,
         x: Tensor,
-        sigma: Tensor,
+        sigma: Tensor | NoiseCondition,
         inputs: Tensor,
-        context: Tensor,
+        context: Tensor | list[Tensor],
         history_noise: Tensor | None = None,
     ) -> Tensor:
         """D(x; sigma).
 
         Args:
             x: [B, 4, h, w] = clean + sigma * noise, any floating dtype (float32 keeps it exact).
-            sigma: [B] float32 on the device.
+            sigma: [B] float32 on the device; or what `noise_condition` made of it.
             inputs: [B, 4 + memory channels, h, w]: the input frame's latents, then the memory.
-            context: [B, L, context_dim] conditioning tokens.
+            context: [B, L, context_dim] conditioning tokens, or `unet.context_keys` of them.
             history_noise: [B] float32, sigma of the noise in the memory; None is 0.
         Returns:
             [B, 4, h, w] in the dtype of x.
         """
-        noise = self.noise_condition(sigma, history_noise)
-        return self.denoise(x, inputs, noise, self.unet.context_keys(context))
+        if isinstance(sigma, Tensor):
+            sigma = self.noise_condition(sigma, history_noise)
+        c_in, c_skip, c_out = sigma.scales
+        scaled = (x * c_in[:, None, None, None]).to(inputs.dtype)
+        prediction = self.unet(torch.cat([scaled, inputs], 1), sigma.biases, context)
+        # The sampler's state keeps its own precision: 14.6 + 0.03 is 14.6 in bfloat16.
+        return ops.axpby(c_skip, x, c_out, prediction.to(x.dtype))
 
     def noise_condition(self, sigma: Tensor, history_noise: Tensor | None = None) -> NoiseCondition:
         """Scales and channel biases for sigma [B] and the memory's noise [B], both float32."""
         scales, timesteps = self._precondition(sigma.float())
         return NoiseCondition(scales, self.unet.noise_biases(timesteps, history_noise))
-
-    def denoise(
-        self, x: Tensor, inputs: Tensor, noise: NoiseCondition, keys: list[Tensor]
-    ) -> Tensor:
-        """D(x; sigma) for a prepared noise level and context; shapes as in `forward`."""
-        c_in, c_skip, c_out = noise.scales
-        scaled = (x * c_in[:, None, None, None]).to(inputs.dtype)
-        prediction = self.unet.predict(torch.cat([scaled, inputs], 1), noise.biases, keys)
-        # The sampler's state keeps its own precision: 14.6 + 0.03 is 14.6 in bfloat16.
-        return ops.axpby(c_skip, x, c_out, prediction.to(x.dtype))
 
     def _precondition(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(c_in, c_skip, c_out) [3, B] and the network's time [B] for sigma [B]."""
@@ -137,9 +132,15 @@ class Denoiser(nn.Module):
         return [r**rho for r in ramp] + [0.0]
 
 
+@cache
+def _log_sigmas(device: torch.device) -> Tensor:
+    """ln(sigma(t)) float32 on a device: copied there once, outside any captured graph."""
+    return schedule_sigmas().log().to(device, torch.float32)
+
+
 def _interpolate_step(sigma: Tensor) -> Tensor:
     """t(sigma) [B] float32, linear in ln(sigma) between two training steps; no host sync."""
-    table = schedule_sigmas().log().to(sigma.device, torch.float32)
+    table = _log_sigmas(sigma.device)
     position = sigma.clamp_min(math.exp(-20.0)).log()
     high = torch.searchsorted(table, position).clamp(1, TRAIN_STEPS - 1)
     low = high - 1

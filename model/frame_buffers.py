@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mirage_hello.kernels import Policy
 from mirage_hello.model.autoencoder import FACTOR
 from mirage_hello.model.denoiser import NoiseCondition
 from mirage_hello.model.memory import ContextMemory
@@ -27,6 +28,7 @@ class FrameBuffers:
     memory_noise: Tensor  # [1, 4 (K + 1), h, w]
     memory: ContextMemory
     graph: torch.cuda.CUDAGraph | None = None
+    policy: Policy | None = None  # under which the graph was captured
 
     @staticmethod
     def allocate(

@@ -40,7 +40,7 @@ PRESETS: dict[str, Preset] = {
     "391m": Preset(
         UNetConfig(channels=(224, 448, 832, 864), heads=(4, 8, 8, 9)),
         AutoencoderConfig(),
-        DenoiserConfig("eps", sigma_data=1.0),
+        DenoiserConfig("edm"),
     ),
     # 861,640,644 parameters = Stable Diffusion 1.5's 859,520,964
     #   + 24 more input channels x 320 x 9 = 69,120

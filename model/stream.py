@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirage_hello.kernels import ops, use
+from mirage_hello.kernels import Policy, ops, policy, use
+from mirage_hello.kernels.policy import current
 from mirage_hello.model import budget
 from mirage_hello.model.autoencoder import Autoencoder
 from mirage_hello.model.denoiser import Denoiser
@@ -36,7 +37,7 @@ class FrameStream:
         size: (height, width) in pixels, to build at once; otherwise the first frame's. Any size:
             it is padded to multiples of 8 by repeating the edge, and cropped back.
         dtype, device: default: the model's.
-        policy: which kernels (see `kernels.use`); None leaves it to the caller's scope.
+        policy: which kernels (see `kernels.use`); None: what the scope of `push` says.
         graph: capture a CUDA graph; default: on CUDA.
         seed: of the noise. The same seed, frames and settings give the same output.
         strength: in (0, 1]. 1 starts from pure noise; less starts from the input frame with less
@@ -118,6 +119,8 @@ class FrameStream:
 
             buffers.draws.normal_(generator=self._generator)
             if buffers.graph is not None:
+                if buffers.policy is not self._wanted():
+                    self._recapture()  # a graph must not silently keep the old kernels
                 buffers.graph.replay()
             else:
                 with self._scope():
@@ -141,7 +144,7 @@ class FrameStream:
         inputs = torch.cat([latents, memory], 1)
 
         def denoise(x: Tensor, sigma: Any, step: int) -> Tensor:
-            return self.denoiser.denoise(x, inputs, settings.conditions[step], settings.keys)
+            return self.denoiser(x, settings.conditions[step], inputs, settings.keys)
 
         # The sampler's state is float32 in every dtype: sigma 14.6 would swallow the latents.
         x = ops.axpby(settings.start, latents.float(), settings.sigmas[0], buffers.noise[0])
@@ -191,14 +194,14 @@ class FrameStream:
 
     @property
     def policy(self) -> Any:
-        """The kernel policy; setting it captures the graph again."""
+        """The kernel policy; None: that of the scope in which `push` is called."""
         return self._policy
 
     @policy.setter
     def policy(self, value: Any) -> None:
-        with self._lock, torch.no_grad():
-            self._policy = value
-            self._recapture()
+        if value is not None:
+            policy(value)  # refuses unknown names now, not at the next frame
+        self._policy = value
 
     def cut(self) -> None:
         """Forget the past outputs, as at a scene cut; the noise goes on."""
@@ -239,7 +242,7 @@ class FrameStream:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._frame(buffers)
-        buffers.graph = graph
+        buffers.graph, buffers.policy = graph, self._wanted()
         buffers.memory.reset()  # the warm-up was no part of the stream
 
     def _recapture(self) -> None:
@@ -278,6 +281,14 @@ class FrameStream:
             return
         for a, b in zip(old, new, strict=True):
             a.copy_(b)
+
+    def refresh(self) -> None:
+        """Compute the settings again: call it after changing the weights of the model in place."""
+        with self._lock:
+            self._apply()
+
+    def _wanted(self) -> Policy:
+        return current.get() if self._policy is None else policy(self._policy)
 
     def _scope(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self._policy is None else use(self._policy)

@@ -1,8 +1,8 @@
 """VideoUNet: Stable Diffusion 1.5's U-Net over [noisy next frame, input frame, past outputs, sink].
 
-The main path is `predict`: in a stream the noise levels and the conditioning tokens change rarely,
-so what depends on them alone (one bias a residual block, one key/value matrix a transformer) is
-prepared once by `noise_biases` and `context_keys`. `forward` does all three.
+The main path is `_predict`. In a stream the noise levels and the conditioning tokens change rarely,
+so what depends on them alone (one bias a residual block, one key/value matrix a transformer) can be
+prepared once, by `noise_biases` and `context_keys`, and given to `forward` in their place.
 """
 
 from __future__ import annotations
@@ -156,25 +156,33 @@ class VideoUNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, history_noise: Tensor | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor | list[Tensor],
+        context: Tensor | list[Tensor],
+        history_noise: Tensor | None = None,
     ) -> Tensor:
         """F(x, t, context, history noise).
 
         Args:
             x: [B, in_channels, h, w], channels-last, the model's dtype: `UNetConfig.in_channels`.
-            timesteps: [B] float32 on the device: 0..999 (eps) or 250 ln(sigma) (EDM).
-            context: [B, L, context_dim] conditioning tokens.
+            timesteps: [B] float32 on the device: 0..999 (eps) or 250 ln(sigma) (EDM); or what
+                `noise_biases` made of it and of history_noise.
+            context: [B, L, context_dim] conditioning tokens, or what `context_keys` made of them.
             history_noise: [B] float32, sigma of the noise in the memory channels; None is 0.
         Returns:
             [B, latent_channels, h, w], channels-last, the dtype of x.
         Raises:
             ValueError: x has another number of channels, or context another width.
         """
-        biases = self.noise_biases(timesteps, history_noise)
-        return self.predict(x, biases, self.context_keys(context))
+        if not isinstance(timesteps, list):
+            timesteps = self.noise_biases(timesteps, history_noise)
+        if not isinstance(context, list):
+            context = self.context_keys(context)
+        return self._predict(x, timesteps, context)
 
     def noise_biases(self, timesteps: Tensor, history_noise: Tensor | None = None) -> list[Tensor]:
-        """The channel bias [B, C] of each residual block, in the order of `predict`."""
+        """The channel bias [B, C] of each residual block, in the order in which they run."""
         embedding = self.time_embedding(timesteps)
         level = torch.zeros_like(timesteps) if history_noise is None else history_noise
         # 1000: the features resolve steps of about 1, history noise is a sigma of 0 to about 1.
@@ -183,7 +191,7 @@ class VideoUNet(nn.Module):
         return [m.bias(embedding) for m in self._ordered() if isinstance(m, ResnetBlock)]
 
     def context_keys(self, context: Tensor) -> list[Tensor]:
-        """Keys and values [B, L, 2C] of each transformer, in the order of `predict`."""
+        """Keys and values [B, L, 2C] of each transformer, in the order in which they run."""
         if context.ndim != 3 or context.shape[-1] != self.config.context_dim:
             raise ValueError(
                 f"VideoUNet: context must be [B, L, {self.config.context_dim}] "
@@ -191,8 +199,7 @@ class VideoUNet(nn.Module):
             )
         return [m.keys_values(context) for m in self._ordered() if isinstance(m, Transformer)]
 
-    def predict(self, x: Tensor, biases: list[Tensor], keys: list[Tensor]) -> Tensor:
-        """The network itself, for prepared noise levels and context; arguments as in `forward`."""
+    def _predict(self, x: Tensor, biases: list[Tensor], keys: list[Tensor]) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"VideoUNet: x must be [B, {self.config.in_channels}, h, w] (got {list(x.shape)}): "
@@ -245,7 +252,7 @@ class VideoUNet(nn.Module):
         return block(x, condition)
 
     def _ordered(self) -> Iterator[nn.Module]:
-        """Residual blocks and transformers in the order in which `predict` runs them."""
+        """Residual blocks and transformers in the order in which `_predict` runs them."""
         for block in [*self.down_blocks, self.mid_block, *self.up_blocks]:
             yield from block.resnets
             yield from block.attentions
