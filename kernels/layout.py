@@ -6,7 +6,10 @@ from torch import Tensor
 
 def in_order_of(x: Tensor, like: Tensor) -> Tensor:
     """x in the memory order of `like` (same shape): itself where it has that order, else a copy."""
-    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+    pairs = zip(x.shape, x.stride(), like.stride(), strict=True)
+    if all(size == 1 or stride == wanted for size, stride, wanted in pairs):
+        return x
+    return torch.empty_like(like).copy_(x)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mirage_hello.kernels.call import Call
+
 
 @dataclass(frozen=True)
 class Device:
@@ -46,3 +48,10 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+def refuses_product(call: Call) -> str | None:
+    """Why `tl.dot` cannot serve the call: the interpreter takes bfloat16's bits for integers."""
+    if call.device.type == "cpu" and call.dtype == torch.bfloat16:
+        return "Triton's interpreter cannot multiply bfloat16 matrices; use float16 or float32"
+    return None

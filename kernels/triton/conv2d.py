@@ -74,7 +74,10 @@ def conv2d_kernel(
     # past the end read the last one again: a valid address whose sums are not stored.
     depth = tl.arange(0, BLOCK_K)
     x_offsets = (b * x_b + h0 * x_h + w0 * x_w)[:, None] + depth[None, :] * x_c
-    weight_offsets = tl.minimum(columns, O - 1)[:, None] * weight_o + depth[None, :] * weight_c
+    outputs = tl.minimum(columns, O - 1)
+    if WIDE:
+        outputs = outputs.to(tl.int64)
+    weight_offsets = outputs[:, None] * weight_o + depth[None, :] * weight_c
     blocks = tl.cdiv(C, BLOCK_K)
     steps = tl.cdiv(R * S * blocks, SPLIT_K)
     first = tl.program_id(1) * steps

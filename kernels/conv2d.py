@@ -1,0 +1,144 @@
+"""conv2d: out[b,o,p,q] = sum_{c,r,s} x[b,c,p*stride+r-padding,q*stride+s-padding] weight[o,c,r,s]
++ bias[o] + channel_bias[b,o] + residual[b,o,p,q].
+
+    x [B, C, H, W];  weight [O, C, R, S];  out [B, O, P, Q],  P = (H + 2 padding - R) // stride + 1
+
+A residual block of a U-Net adds its time embedding (channel_bias) after one convolution and its
+input (residual) after the other; both fit the epilogue of the convolution, which saves a read and
+a write of the activation each. Channels-last is the fast layout for x, weight and residual; out
+takes the layout of x.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mirage_hello import reference
+from mirage_hello.kernels import checks
+from mirage_hello.kernels.kernel import FLOATS, Kernel
+from mirage_hello.kernels.registry import Op, define, register
+from mirage_hello.kernels.triton import refuses_product
+
+# Contract
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Shapes that fit each other, one floating dtype, a window that fits the padded image."""
+    x, weight, stride, padding = (values[n] for n in ("x", "weight", "stride", "padding"))
+    names = ("x", "weight", "bias", "channel_bias", "residual")
+    checks.one_floating_dtype("conv2d", {name: values[name] for name in names})
+    checks.dimensions("conv2d", "x", x, "B, C, H, W")
+    checks.dimensions("conv2d", "weight", weight, "O, C, R, S")
+    checks.whole_number("conv2d", "stride", stride, 1)
+    checks.whole_number("conv2d", "padding", padding, 0)
+    (batch, channels, *image), (outputs, in_channels, *window) = x.shape, weight.shape
+    if channels != in_channels:
+        raise ValueError(
+            f"conv2d: weight must have x's channels (got x C={channels}, weight C={in_channels}); "
+            "grouped convolution is not covered"
+        )
+    if any(0 in (w, n) or n + 2 * padding < w for n, w in zip(image, window, strict=True)):
+        raise ValueError(
+            f"conv2d: a {window[0]}x{window[1]} window must fit the padded image (got "
+            f"{image[0]}x{image[1]}, padding {padding}); use a larger image or more padding"
+        )
+    size = output_size(tuple(image), tuple(window), stride, padding)
+    checks.shape("conv2d", "bias", values["bias"], (outputs,), "O", "give one value a channel")
+    given = values["channel_bias"]
+    checks.shape("conv2d", "channel_bias", given, (batch, outputs), "B, O", "expand the batch")
+    expected = (batch, outputs, *size)
+    checks.shape("conv2d", "residual", values["residual"], expected, "B, O, P, Q", "crop or pad it")
+
+
+def output_size(
+    image: tuple[int, int], window: tuple[int, int], stride: int, padding: int
+) -> tuple[int, int]:
+    """(P, Q) of an image (H, W) and a window (R, S)."""
+    (height, width), (r, s) = image, window
+    return (height + 2 * padding - r) // stride + 1, (width + 2 * padding - s) // stride + 1
+
+
+def samples(device: torch.device, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
+    """3x3 with everything in the epilogue, stride 2, and 1x1 without a bias in NCHW."""
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(shape, device=device, dtype=dtype)
+
+    def image(*shape: int, scale: float = 1.0) -> Tensor:
+        return draw(*shape, scale=scale).to(memory_format=torch.channels_last)
+
+    x, weight = image(2, 32, 7, 6), image(40, 32, 3, 3, scale=0.06)  # 288 products: 288**-0.5
+    epilogue = {"channel_bias": draw(2, 40), "residual": image(2, 40, 7, 6)}
+    return [
+        ((x, weight, draw(40)), {"padding": 1, **epilogue}),
+        ((x, weight, draw(40)), {"stride": 2, "padding": 1}),
+        ((draw(1, 24, 5, 5), draw(16, 24, 1, 1, scale=0.2)), {}),
+    ]
+
+
+define(Op("conv2d", reference.conv2d, check, samples))
+
+
+# torch
+
+
+def conv2d_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    channel_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """F.conv2d (cuDNN), then each addition in place."""
+    out = F.conv2d(x, weight, bias, stride, padding)
+    if channel_bias is not None:
+        out += channel_bias[:, :, None, None]
+    if residual is not None:
+        out += residual
+    return out
+
+
+# Triton
+
+
+def conv2d_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    channel_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    from mirage_hello.kernels.triton.conv2d import conv2d
+
+    return conv2d(x, weight, bias, stride, padding, channel_bias, residual)
+
+
+# Registrations
+
+register(
+    Kernel(
+        "conv2d",
+        "torch",
+        conv2d_torch,
+        devices=("cpu", "cuda"),
+        dtypes=(*FLOATS, torch.float64),
+        differentiable=True,
+    )
+)
+register(
+    Kernel(
+        "conv2d",
+        "triton",
+        conv2d_triton,
+        refuses_product,
+        source="kernels/triton/conv2d.py",
+        arch="sm_80",
+    )
+)
