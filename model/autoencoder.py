@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirage_hello.kernels import ops
+from mirage_hello.model.blocks import channels_last
 
 FACTOR = 8  # three halvings: one by space_to_depth, two by convolutions of stride 2
 
@@ -143,10 +144,10 @@ class Autoencoder(nn.Module):
         for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
             # He et al. 2015: keeps the signal's variance from the pixels to the latents and back.
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+            conv.bias = nn.Parameter(torch.zeros(conv.out_channels))
         with torch.no_grad():  # on random pixels the latents' deviation is 4.4: make it about 0.5
             self.encoder.conv_out.weight.div_(8.0)
-        self.to(memory_format=torch.channels_last)
+        channels_last(self)
 
     def encode(self, frames: Tensor) -> Tensor:
         """frames [B, 3, H, W] in [-1, 1], H and W multiples of 8 -> latents [B, 4, H/8, W/8].
@@ -175,6 +176,6 @@ class Autoencoder(nn.Module):
         The diffusion model expects one known deviation (sigma_data); here it costs nothing at run
         time: the encoder's last convolution is divided by it, the decoder's first multiplied.
         """
-        self.encoder.conv_out.weight.div_(deviation)
-        self.encoder.conv_out.bias.div_(deviation)
+        for parameter in self.encoder.conv_out.parameters():
+            parameter.div_(deviation)
         self.decoder.conv_in.weight.mul_(deviation)

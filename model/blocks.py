@@ -8,6 +8,8 @@ one matrix `to_kv`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,11 @@ TRANSFORMER_EPS = 1e-6  # 1e-6 in the GroupNorm ahead of a transformer
 def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """silu(GroupNorm(x)) with the parameters of `norm`, as one op."""
     return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
+def channels_last(module: nn.Module) -> None:
+    """Put every 4-d weight of a module into channels-last memory, in place."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class ResnetBlock(nn.Module):
@@ -153,7 +160,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=TRANSFORMER_EPS)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim)])
+        block = TransformerBlock(channels, heads, context_dim)
+        self.transformer_blocks: Any = nn.ModuleList(
+            [block]
+        )  # Any: the list's type has no item type
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def keys_values(self, context: Tensor) -> Tensor:

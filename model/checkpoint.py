@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mirage_hello.model.autoencoder import Autoencoder, AutoencoderConfig
+from mirage_hello.model.blocks import channels_last
 from mirage_hello.model.denoiser import Denoiser, DenoiserConfig
 from mirage_hello.model.unet import UNetConfig, VideoUNet
 
@@ -211,7 +212,7 @@ def _load(module: nn.Module, state: Mapping[str, Tensor], where: str, assign: bo
     if unknown:
         raise ValueError(f"{where}: {len(unknown)} unknown tensors, the first is {unknown[0]}")
     module.load_state_dict(dict(state), assign=assign)
-    module.to(memory_format=torch.channels_last)
+    channels_last(module)
 
 
 def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,27 +72,32 @@ class Denoiser(nn.Module):
     def forward(
         self,
         x: Tensor,
-        sigma: Tensor | NoiseCondition,
+        sigma: Tensor,
         inputs: Tensor,
-        context: Tensor | list[Tensor],
+        context: Tensor,
         history_noise: Tensor | None = None,
     ) -> Tensor:
         """D(x; sigma).
 
         Args:
             x: [B, 4, h, w] = clean + sigma * noise, any floating dtype (float32 keeps it exact).
-            sigma: [B] float32 on the device; or what `noise_condition` made of it.
+            sigma: [B] float32 on the device.
             inputs: [B, 4 + memory channels, h, w]: the input frame's latents, then the memory.
-            context: [B, L, context_dim] conditioning tokens, or `unet.context_keys` of them.
+            context: [B, L, context_dim] conditioning tokens.
             history_noise: [B] float32, sigma of the noise in the memory; None is 0.
         Returns:
             [B, 4, h, w] in the dtype of x.
         """
-        if isinstance(sigma, Tensor):
-            sigma = self.noise_condition(sigma, history_noise)
-        c_in, c_skip, c_out = sigma.scales
+        noise = self.noise_condition(sigma, history_noise)
+        return self.denoise(x, inputs, noise, self.unet.context_keys(context))
+
+    def denoise(
+        self, x: Tensor, inputs: Tensor, noise: NoiseCondition, keys: list[Tensor]
+    ) -> Tensor:
+        """`forward` for a prepared noise level and context (`unet.context_keys`)."""
+        c_in, c_skip, c_out = noise.scales
         scaled = (x * c_in[:, None, None, None]).to(inputs.dtype)
-        prediction = self.unet(torch.cat([scaled, inputs], 1), sigma.biases, context)
+        prediction = self.unet(torch.cat([scaled, inputs], 1), noise.biases, keys)
         # The sampler's state keeps its own precision: 14.6 + 0.03 is 14.6 in bfloat16.
         return ops.axpby(c_skip, x, c_out, prediction.to(x.dtype))
 

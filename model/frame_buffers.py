@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class FrameBuffers:
         height, width = size
         h, w = -(-height // FACTOR), -(-width // FACTOR)
 
-        def frame(**kwargs: object) -> Tensor:
+        def frame(**kwargs: Any) -> Tensor:
             return torch.zeros(1, height, width, 3, dtype=torch.uint8, **kwargs)
 
         frame_in, frame_out = frame(device=device), frame(device=device)

@@ -20,6 +20,11 @@ class Preset:
     autoencoder: AutoencoderConfig
     denoiser: DenoiserConfig
 
+    @property
+    def tokens(self) -> int:
+        """Length of the context unless another is given."""
+        return self.unet.context_tokens
+
 
 PRESETS: dict[str, Preset] = {
     # 14,464,868 parameters: runs on a CPU, ships with trained weights.

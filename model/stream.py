@@ -111,7 +111,7 @@ class FrameStream:
                 buffers = self._buffers = self._build(height, width)
             on_device = isinstance(frame, Tensor) and frame.device == buffers.frame_in.device
             if on_device:
-                buffers.frame_in[0].copy_(frame)
+                buffers.frame_in[0].copy_(torch.as_tensor(frame))
             else:
                 to_host(frame, buffers.host_in[0])
                 if buffers.host_in is not buffers.frame_in:
@@ -144,7 +144,7 @@ class FrameStream:
         inputs = torch.cat([latents, memory], 1)
 
         def denoise(x: Tensor, sigma: Any, step: int) -> Tensor:
-            return self.denoiser(x, settings.conditions[step], inputs, settings.keys)
+            return self.denoiser.denoise(x, inputs, settings.conditions[step], settings.keys)
 
         # The sampler's state is float32 in every dtype: sigma 14.6 would swallow the latents.
         x = ops.axpby(settings.start, latents.float(), settings.sigmas[0], buffers.noise[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from mirage_hello.model.blocks import (
     ResnetBlock,
     Transformer,
     Upsample,
+    channels_last,
     group_norm_silu,
 )
 
@@ -145,15 +147,16 @@ class VideoUNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = Embedding(channels[0], config.embedding)
         self.history_embedding = Embedding(channels[0], config.embedding)
-        self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in levels)
+        # Any: the type of a ModuleList does not know its items'.
+        self.down_blocks: Any = nn.ModuleList(DownBlock(config, level) for level in levels)
         self.mid_block = MidBlock(config)
-        self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
+        self.up_blocks: Any = nn.ModuleList(UpBlock(config, level) for level in reversed(levels))
         self.conv_norm_out = nn.GroupNorm(config.groups, channels[0], eps=RESNET_EPS)
         self.conv_out = nn.Conv2d(channels[0], config.latent_channels, 3, padding=1)
         if config.styles:
             tokens = torch.randn(config.styles, config.context_tokens, config.context_dim)
             self.style_table = nn.Parameter(tokens)
-        self.to(memory_format=torch.channels_last)
+        channels_last(self)
 
     def forward(
         self,

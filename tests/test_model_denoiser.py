@@ -87,8 +87,8 @@ def test_float32_state_survives_a_bfloat16_network() -> None:
 def test_prepared_noise_and_keys_give_the_same() -> None:
     model, (x, sigma, inputs, context) = denoiser("edm"), arguments(1.0)
     with torch.no_grad():
-        prepared = model.noise_condition(sigma), inputs, model.unet.context_keys(context)
-        assert torch.equal(model(x, *prepared), model(x, sigma, inputs, context))
+        prepared = inputs, model.noise_condition(sigma), model.unet.context_keys(context)
+        assert torch.equal(model.denoise(x, *prepared), model(x, sigma, inputs, context))
 
 
 @pytest.mark.parametrize(
