@@ -360,8 +360,8 @@ def test_bad_inputs_are_one_sentence(tmp_path):
 def test_bad_outputs_are_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     for path, words in (
-        (tmp_path / "missing" / "out.mp4", "cannot write into"),
-        (tmp_path / "file" / "out.mp4", "cannot write into"),
+        (tmp_path / "missing" / "out.mp4", "no such folder"),
+        (tmp_path / "file" / "out.mp4", "no such folder"),
         (Path("/proc/out.mp4"), "cannot write into"),
         (tmp_path, "is a directory"),
         (tmp_path / "out.webm", "cannot write H.264"),

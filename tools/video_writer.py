@@ -49,6 +49,7 @@ class VideoWriter:
         time_base: Fraction,
         audio_streams: Sequence[av.AudioStream] = (),
     ) -> None:
+        check_target(path)
         self.path = path
         self.notes: list[str] = []
         self.frames = 0
@@ -134,16 +135,16 @@ class VideoWriter:
         return self.container.add_stream_from_template(audio)
 
 
-def check_target(path: Path, source: Path) -> None:
+def check_target(path: Path, source: Path | None = None) -> None:
     """Say what is wrong with an output path before anything slow begins.
 
     Raises:
         BadInput: `path` is `source`, a directory, of an ending that is not in CONTAINERS, or in a
-            folder that does not exist.
+            folder that does not exist or cannot be written.
     """
     if path.is_dir():
         raise BadInput(f"-o {str(path)!r} is a directory; name a file in it, such as out.mp4")
-    if path.exists() and source.exists() and path.samefile(source):
+    if source and path.exists() and source.exists() and path.samefile(source):
         raise BadInput(f"input and output are the same file ({str(path)!r}); give -o another name")
     if path.suffix.lower() not in CONTAINERS:
         raise BadInput(
@@ -152,6 +153,7 @@ def check_target(path: Path, source: Path) -> None:
         )
     if not path.parent.is_dir():
         raise BadInput(f"cannot write into {str(path.parent)!r}: no such folder; make it first")
+    _create_beside(path).unlink()
 
 
 def _create_beside(path: Path) -> Path:
