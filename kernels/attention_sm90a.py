@@ -1,0 +1,116 @@
+"""attention on Hopper: the launch of ptx/attention.sm90a.ptx.j2 and the choice of its tile."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mirage_hello.kernels.call import Call
+from mirage_hello.ptx import loader
+
+SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16"}
+MULTIPROCESSORS = 132  # H200
+
+
+@dataclass(frozen=True)
+class Tile:
+    """64 * warpgroups queries by block_n keys, `stages` key blocks in flight.
+
+    poly: how many of every 8 exponentials run as polynomials on the FMA units.
+    lazy: the first block's row maxima serve all blocks; see the header of the source.
+    """
+
+    warpgroups: int
+    block_n: int
+    stages: int
+    ping_pong: bool
+    poly: int
+    lazy: bool = False
+
+    def lazily(self, poly: int = 0) -> "Tile":
+        return replace(self, poly=poly, lazy=True)
+
+    def smem_bytes(self, head_dim: int) -> int:
+        """Q rows and 2 x stages key blocks of 128-byte rows, one row per 64 columns; barriers."""
+        rows = 64 * self.warpgroups + 2 * self.stages * self.block_n
+        return -(-head_dim // 64) * rows * 128 + 8 + 32 * self.stages
+
+    def program(self, head_dim: int, dtype: str) -> loader.Program:
+        return loader.program(
+            "attention.sm90a",
+            HEAD_DIM=head_dim,
+            BLOCK_N=self.block_n,
+            WARPGROUPS=self.warpgroups,
+            STAGES=self.stages,
+            PING_PONG=self.ping_pong,
+            POLY=self.poly,
+            LAZY=self.lazy,
+            dtype=dtype,
+        )
+
+
+def attention_sm90a(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, tile: Tile | None = None
+) -> Tensor:
+    """See ops.attention; `tile` overrides the choice."""
+    b, n, h, d = q.shape
+    m = k.shape[1]
+    out = torch.empty(b, n, h, d, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    if m == 0:
+        return out.zero_()
+    tile = tile or choose_tile(b * h, n, m, d)
+    block_m, short = 64 * tile.warpgroups, SHORT_NAME[q.dtype]
+    maps = (_heads(q, block_m), _heads(k, tile.block_n), _heads(v, tile.block_n), _heads(out, 64))
+    scale = d**-0.5 if scale is None else scale
+    tile.program(d, short).launch(
+        f"attention_{short}",
+        grid=(-(-n // block_m), h, b),
+        block=(128 * (tile.warpgroups + 1),),
+        args=(*maps, m, -(-m // tile.block_n), scale * math.log2(math.e)),
+        smem_bytes=tile.smem_bytes(d),
+    )
+    return out
+
+
+def _heads(t: Tensor, rows: int) -> loader.TensorMap:
+    """[B, N, H, D] with any strides as {D, H, N, B}, boxes of `rows` rows of one head."""
+    b, n, h, d = t.shape
+    size = t.element_size()
+    strides = (t.stride(2) * size, t.stride(1) * size, t.stride(0) * size)
+    return loader.tensor_map(t, (64, 1, rows, 1), dims=(d, h, n, b), strides=strides)
+
+
+def choose_tile(heads: int, n: int, m: int, d: int) -> Tile:
+    """The tile for `heads` (batch x heads) times n queries and m keys; see docs/attention.md.
+
+    Small heads want many consumer warps, which hide the latency of the exponential unit; few
+    tiles want 64-row tiles, which fill the multiprocessors.
+    """
+
+    def tiles(groups: int) -> int:
+        return heads * -(-n // (64 * groups))
+
+    if d <= 48 and tiles(4) >= 96:
+        return Tile(4, 80, 3, True, 3)
+    if d <= 64 and tiles(3) >= 96:
+        return Tile(3, 128, 2, True, 2)
+    if tiles(2) >= 128:
+        if d <= 64:
+            return Tile(2, 128, 2, True, 2)
+        return Tile(2, 176 if d <= 128 else 112, 2, d <= 128, 0)
+    return Tile(1, 128 if d <= 128 else 64, 2 if d > 64 else 3, False, 0)
+
+
+def supports(call: Call) -> str | None:
+    """What the tensor maps and the products need; None when all is there."""
+    d = call.args["q"].shape[-1]
+    if d % 8 or d > 256:
+        return f"head dimension must be a multiple of 8, at most 256 (got {d})"
+    for name in ("q", "k", "v"):
+        spec = call.args[name]
+        if not spec.aligned16 or any((s * spec.dtype.itemsize) % 16 for s in spec.stride[:-1]):
+            return f"{name} must start and stride on 16 bytes (got strides {spec.stride})"
+    return None
