@@ -58,8 +58,11 @@ def launch_unary(op: str, x: Tensor, out: Tensor) -> None:
 def launch_axpby(a: float | Tensor, x: Tensor, b: float | Tensor, y: Tensor, out: Tensor) -> None:
     """Launch out = a x + b y for dense CUDA tensors in one memory order."""
     kernel = axpby_kernel(x.dtype, isinstance(a, Tensor), isinstance(b, Tensor))
-    a, b = (c.detach().contiguous() if isinstance(c, Tensor) else np.float32(c) for c in (a, b))
-    _launch(kernel, x, (a, stored(x), b, stored(y), stored(out), sample_numel(a, x, b)))
+    a_value, b_value = (
+        c.detach().contiguous() if isinstance(c, Tensor) else np.float32(c) for c in (a, b)
+    )
+    numel = sample_numel(a, x, b)
+    _launch(kernel, x, (a_value, stored(x), b_value, stored(y), stored(out), numel))
 
 
 def _launch(kernel: Any, x: Tensor, args: tuple) -> None:

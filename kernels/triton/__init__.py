@@ -30,11 +30,14 @@ H200 = Device(multiprocessors=132, smem_bytes=227 * 1024, capability=90)
 
 @functools.cache
 def _cuda_device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
+    from triton.runtime import driver
+
+    properties = driver.active.utils.get_device_properties(index)
+    major, minor = torch.cuda.get_device_capability(index)
     return Device(
-        multiprocessors=properties.multi_processor_count,
-        smem_bytes=properties.shared_memory_per_block_optin,
-        capability=10 * properties.major + properties.minor,
+        multiprocessors=properties["multiprocessor_count"],
+        smem_bytes=properties["max_shared_mem"],
+        capability=10 * major + minor,
     )
 
 

@@ -197,10 +197,9 @@ def group_norm_silu(
 def _group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, SILU: bool
 ) -> Tensor:
-    strides = layout(x)
-    if strides is None:
+    if not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
         x = x.contiguous()
-        strides = layout(x)
+    strides = strides_bcs(x)
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
@@ -221,14 +220,12 @@ def _group_norm(
     return out
 
 
-def layout(x: Tensor) -> tuple[int, int, int] | None:
-    """Strides of x seen as [B, C, S], where x is contiguous or channels-last; else None."""
+def strides_bcs(x: Tensor) -> tuple[int, int, int]:
+    """Strides of x, contiguous or channels-last, seen as [B, C, S]."""
     channels, pixels = x.shape[1], math.prod(x.shape[2:])
     if x.is_contiguous():
         return channels * pixels, pixels, 1
-    if x.movedim(1, -1).is_contiguous():
-        return channels * pixels, 1, channels
-    return None
+    return channels * pixels, 1, channels
 
 
 def _three_kernels(
