@@ -3,6 +3,15 @@
 from mirage_hello.kernels import ops, use, explain, swap
 """
 
+# The pages define the ops and register their kernels.
+from mirage_hello.kernels import (  # noqa: F401
+    attention,
+    conv2d,
+    elementwise,
+    frames,
+    layer_norm,
+    linear,
+)
 from mirage_hello.kernels.explanation import Candidate, Explanation, explain
 from mirage_hello.kernels.kernel import Kernel
 from mirage_hello.kernels.policy import Policy, policy, use

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_hello import reference
-from mirage_hello.kernels import checks
+from mirage_hello.kernels import attention_sm90a, checks
 from mirage_hello.kernels.call import Call
 from mirage_hello.kernels.kernel import FLOATS, Kernel
 from mirage_hello.kernels.registry import Op, define, register
@@ -83,6 +83,8 @@ def supports_triton(call: Call) -> str | None:
     return refuses_product(call)
 
 
+# PTX: kernels/attention_sm90a.py launches ptx/attention.sm90a.ptx.j2
+
 # Registrations
 
 register(
@@ -103,5 +105,16 @@ register(
         supports_triton,
         source="kernels/triton/attention.py",
         arch="sm_80",
+    )
+)
+register(
+    Kernel(
+        "attention",
+        "ptx",
+        attention_sm90a.attention_sm90a,
+        attention_sm90a.supports,
+        source="ptx/attention.sm90a.ptx.j2",
+        arch="sm_90a",
+        dtypes=(torch.bfloat16, torch.float16),
     )
 )
