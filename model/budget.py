@@ -2,8 +2,8 @@
 
     total = weights + buffers + activations + workspace
 The activations are the largest of the moments listed by `_unet_moments` and `_autoencoder_moments`:
-what is alive at once in the torch backend, which keeps an intermediate per addition. Fused kernels
-need less, so this is what a run may need at most.
+what is alive at once in the torch backend. Kernels that fuse more need less, so this is what a run
+may need at most.
 """
 
 from __future__ import annotations
@@ -149,11 +149,10 @@ def _levels(h: int, w: int, count: int) -> list[int]:
 
 def _resnet(c_in: int, c_out: int) -> int:
     """Channels alive in a residual block beside its input, at its worst moment:
-    norm and silu of the input | normalised input, convolution, with bias | shortcut, input of the
-    second convolution, its result, with the shortcut added.
+    norm and silu of the input | normalised input, convolution | first convolution, norm, silu |
+    shortcut, input of the second convolution, its result.
     """
-    shortcut = c_out if c_in != c_out else 0
-    return max(2 * c_in, c_in + 2 * c_out, 3 * c_out + shortcut)
+    return max(2 * c_in, c_in + c_out, 3 * c_out)
 
 
 TRANSFORMER = 19  # x C: entry, stream, norm, GEGLU's projection 8, gelu(gate) 4, product 4
@@ -203,12 +202,15 @@ def _autoencoder_moments(chosen: Preset, h: int, w: int, item: int) -> Iterator[
     memory = chosen.unet.memory_channels + auto.latent_channels
     # uint8 -> float32 -> scaled -> shifted, all float32, whatever the model's dtype
     yield "frame to model", h * w * (frame + 3 * frame * 4)
-    # entry, silu, convolution, with the entry added
-    yield "encoder", h * w * item * (frame + memory + 4 * half * 16)
-    yield "decoder at 1/4", h * w * item * (memory + eighth * 5 + 4 * quarter * 4)
-    # the level below, enlarged to 1/2; then a block
-    upsampled = quarter * 4 + quarter * 16 + half * 16
-    yield "decoder at 1/2", h * w * item * (memory + max(upsampled, 4 * half * 16))
+    # entry, silu, convolution
+    yield "encoder", h * w * item * (frame + memory + 3 * half * 16)
+    yield (
+        "decoder at 1/4",
+        h * w * item * (memory + max(eighth * 5, eighth * 4 + quarter * 4, 3 * quarter * 4)),
+    )
+    # the level below, enlarged to 1/2, convolution; then a block
+    upsampled = max(quarter * 20, quarter * 16 + half * 16)
+    yield "decoder at 1/2", h * w * item * (memory + max(upsampled, 3 * half * 16))
     yield "model to frame", h * w * (frame * item * 2 + 3 * frame * 4)
 
 
