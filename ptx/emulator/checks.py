@@ -1,0 +1,175 @@
+"""Findings: what the emulator saw that the hardware would hide.
+
+`Findings` collects them (one per kind and line, with a count), `EmulatorError` carries them out of
+`launch`, and `Watch` looks after registers: reads before any write, and accumulators or fragments of
+a wgmma that is still in flight.  Shared-memory races are in races.py.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+KINDS = {
+    "out-of-bounds": "access outside the allocation, the block's shared memory or the thread's frame",
+    "misaligned": "address not a multiple of the access size",
+    "uninitialised-shared": "shared memory read before anything was written there",
+    "uninitialised-register": "register read before it was written",
+    "shared-race": "two accesses to shared memory, one a write, with nothing ordering them",
+    "async-race": "asynchronous copy or wgmma still in flight on shared memory that is touched",
+    "missing-proxy-fence": "ordinary writes read by TMA or wgmma without fence.proxy.async",
+    "divergent-aligned": "warp- or warpgroup-wide instruction without all its threads",
+    "accumulator-in-flight": "wgmma register touched before wgmma.wait_group",
+    "missing-wgmma-fence": "wgmma registers written by ordinary instructions without wgmma.fence",
+    "shuffle-inactive": "shfl reads a lane that does not execute it",
+    "copy-in-flight-at-exit": "thread exits while its bulk copy still reads shared memory",
+    "mbarrier": "an mbarrier is used before mbarrier.init or counts too many arrivals",
+    "tensor-map": "operand of a tensor copy is not a usable tensor map",
+    "deadlock": "threads wait for something that cannot happen",
+}
+
+
+@dataclass
+class Finding:
+    """One defect: where in the text, which thread first, how many threads in all."""
+
+    kind: str
+    line: int
+    text: str
+    block: tuple[int, int, int]
+    thread: int
+    address: int | None
+    message: str
+    count: int = 1
+
+    def __str__(self):
+        where = f"block {self.block} thread {self.thread}"
+        if self.address is not None:
+            where += f" address {self.address:#x}"
+        times = f" ({self.count} times)" if self.count > 1 else ""
+        return f"line {self.line}: {self.kind}: {self.message}; {where}{times}\n    {self.text}"
+
+    def as_dict(self):
+        return asdict(self)
+
+
+class EmulatorError(RuntimeError):
+    """A checked launch had findings; `findings` lists them, `report` has the counts."""
+
+    def __init__(self, name, findings, report=None):
+        self.findings, self.report = findings, report
+        listed = "\n".join(str(f) for f in findings)
+        super().__init__(f"{name}: {len(findings)} finding(s)\n{listed}")
+
+
+class Findings(list):
+    """Findings of a launch, merged by (kind, program counter)."""
+
+    def __init__(self, program, enabled=True):
+        super().__init__()
+        self.program, self.machine, self._known, self.enabled = program, None, {}, enabled
+
+    def add(self, kind, pc, thread, address, message, count=1):
+        """Record a finding; `thread` is a batch index, `pc` the instruction."""
+        known = self._known.get((kind, pc))
+        if known is not None:
+            known.count += count
+            return
+        op, m = self.program.ops[pc], self.machine
+        block = tuple(int(v) for v in m.block_ids[m.block[thread]])
+        finding = Finding(
+            kind, op.line, op.text, block, int(m.tid[thread]), address, message, count
+        )
+        self._known[kind, pc] = finding
+        self.append(finding)
+
+
+class Watch:
+    """Per-thread state of the registers that need it (`program.watched`).
+
+    `defined[row]`: written yet?  `locked[row]`: which warps have a wgmma in flight on it, as
+    accumulator ("D", neither read nor write) or as fragment ("A", no write).  `written[row]`: when
+    each warp last wrote the row with an ordinary instruction, for wgmma.fence.
+    """
+
+    def __init__(self, machine):
+        self.m = machine
+        program = machine.program
+        self.defined = {row: np.zeros(machine.size, bool) for row in program.suspects}
+        warps = machine.size // 32
+        self.written = {row: np.zeros(warps, np.int64) for row in program.tensor_rows}
+        self.fenced = np.zeros(warps, np.int64)
+        self.locked = {}
+        self.time = 1
+
+    def read(self, row, lanes, pc):
+        flags = self.defined.get(row)
+        if flags is not None and not flags[lanes.sel].all():
+            self._undefined(row, lanes, pc, flags)
+        if row in self.locked:
+            self._in_flight(row, lanes, pc, "read", ("D",))
+
+    def write(self, row, lanes, pc):
+        flags = self.defined.get(row)
+        if flags is not None:
+            flags[lanes.sel] = True
+        if row in self.written:
+            self.time += 1
+            self.written[row][lanes.warps] = self.time
+            if row in self.locked:
+                self._in_flight(row, lanes, pc, "written", ("D", "A"))
+
+    def _undefined(self, row, lanes, pc, flags):
+        missing = ~flags[lanes.sel]
+        at = int(np.argmax(missing))
+        name = self.m.program.rows[row][0]
+        self.m.findings.add(
+            "uninitialised-register", pc, lanes.thread(at), None,
+            f"{name} is read before it is written", int(missing.sum()),
+        )  # fmt: skip
+
+    def _in_flight(self, row, lanes, pc, verb, roles):
+        for role in roles:
+            held = self.locked[row].get(role)
+            if held is None:
+                continue
+            hit = held[lanes.warps] > 0
+            if hit.any():
+                warp = int(lanes.warps[int(np.argmax(hit))])
+                name = self.m.program.rows[row][0]
+                what = "accumulator" if role == "D" else "A fragment"
+                self.m.findings.add(
+                    "accumulator-in-flight", pc, warp * 32, None,
+                    f"{name} is {verb} while a wgmma that uses it as {what} is in flight; "
+                    "wgmma.wait_group must come first", int(hit.sum()),
+                )  # fmt: skip
+                return
+
+    def lock(self, rows, role, warps, delta):
+        """A wgmma on `rows` starts (delta 1) or retires (-1) for `warps`."""
+        for row in rows:
+            held = self.locked.setdefault(row, {}).setdefault(
+                role, np.zeros(self.m.size // 32, np.int32)
+            )
+            held[warps] += delta
+            if delta < 0 and not held.any():
+                del self.locked[row][role]
+                if not self.locked[row]:
+                    del self.locked[row]
+
+    def fence(self, warps):
+        self.time += 1
+        self.fenced[warps] = self.time
+
+    def check_fence(self, rows, lanes, pc):
+        """wgmma: every ordinary write to its registers lies before the warp's last wgmma.fence."""
+        warps = lanes.warps
+        for row in rows:
+            late = self.written[row][warps] > self.fenced[warps]
+            if late.any():
+                warp = int(warps[int(np.argmax(late))])
+                self.m.findings.add(
+                    "missing-wgmma-fence", pc, warp * 32, None,
+                    f"{self.m.program.rows[row][0]} was written by an ordinary instruction; "
+                    "wgmma.fence must come between", int(late.sum()),
+                )  # fmt: skip
+                return
