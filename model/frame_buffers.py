@@ -29,7 +29,7 @@ class FrameBuffers:
     memory_noise: Tensor  # [1, 4 (K + 1), h, w]
     memory: ContextMemory
     graph: torch.cuda.CUDAGraph | None = None
-    policy: Policy | None = None  # under which the graph was captured
+    policy: Policy | None = None  # under which the graph was captured, None before
 
     @staticmethod
     def allocate(

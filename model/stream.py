@@ -103,7 +103,7 @@ class FrameStream:
             TypeError: not uint8. ValueError: not [H, W, 3], or too large for the memory.
         """
         check_frame(frame)
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), self._on_device():
             height, width, _ = frame.shape
             buffers = self._buffers
             if buffers is None or buffers.frame_in.shape[1:3] != (height, width):
@@ -117,10 +117,10 @@ class FrameStream:
                 if buffers.host_in is not buffers.frame_in:
                     buffers.frame_in.copy_(buffers.host_in, non_blocking=True)
 
+            if self._graph and buffers.policy is not self._wanted():
+                self._recapture()  # a graph must not silently keep the old kernels
             buffers.draws.normal_(generator=self._generator)
             if buffers.graph is not None:
-                if buffers.policy is not self._wanted():
-                    self._recapture()  # a graph must not silently keep the old kernels
                 buffers.graph.replay()
             else:
                 with self._scope():
@@ -232,7 +232,7 @@ class FrameStream:
     def _capture(self, buffers: FrameBuffers) -> None:
         if not self._graph:
             return
-        with self._scope(), torch.no_grad(), torch.cuda.device(self.device):
+        with self._scope(), torch.no_grad(), self._on_device():
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -240,21 +240,26 @@ class FrameStream:
                     self._frame(buffers)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # thread_local: another stream's thread may go on allocating meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._frame(buffers)
         buffers.graph, buffers.policy = graph, self._wanted()
         buffers.memory.reset()  # the warm-up was no part of the stream
 
     def _recapture(self) -> None:
+        """Capture again; the memory stays. After a failure the next frame tries again."""
         buffers = self._buffers
-        if buffers is None or buffers.graph is None:
+        if buffers is None or not self._graph:
             return
         memory = buffers.memory
-        kept = [t.clone() for t in (memory.history, memory.sink, memory.count)]
-        buffers.graph = None
-        self._capture(buffers)
-        for buffer, value in zip((memory.history, memory.sink, memory.count), kept, strict=True):
-            buffer.copy_(value)
+        state = (memory.history, memory.sink, memory.count)
+        kept = [t.clone() for t in state]
+        buffers.graph = buffers.policy = None
+        try:
+            self._capture(buffers)
+        finally:
+            for buffer, value in zip(state, kept, strict=True):
+                buffer.copy_(value)
 
     @torch.no_grad()
     def _prepare(self) -> Settings:
@@ -289,6 +294,10 @@ class FrameStream:
 
     def _wanted(self) -> Policy:
         return current.get() if self._policy is None else policy(self._policy)
+
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        cuda = self.device.type == "cuda"
+        return torch.cuda.device(self.device) if cuda else contextlib.nullcontext()
 
     def _scope(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self._policy is None else use(self._policy)
