@@ -20,7 +20,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 	$$p -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
 PIP = $(VENV)/bin/python -P -m pip install -q $(PIP_FLAGS)
 
-.PHONY: help demo test clean
+.PHONY: help demo test lint types clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -30,6 +30,13 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	@$(VENV)/bin/pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/installed-test
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/installed-test
+	@$(VENV)/bin/mypy
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 found (tried python3, python3.11" \

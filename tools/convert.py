@@ -68,8 +68,7 @@ def convert(
     kept; the second leaves at once and removes it.
     """
     outcome = Outcome()
-    promised = reader.frame_count
-    total = min(promised or max_frames, max_frames or promised) if promised or max_frames else None
+    total = min((n for n in (reader.frame_count, max_frames) if n), default=None)
     writer = VideoWriter(
         target, reader.width, reader.height, reader.rate, reader.time_base, reader.audio_streams
     )

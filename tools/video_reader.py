@@ -246,7 +246,7 @@ def _video_stream(container: av.container.InputContainer, path: Path) -> av.Vide
         # A cover picture inside a music file is a video stream in name only.
         if not stream.disposition & av.stream.Disposition.attached_pic:
             return stream
-    kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
+    kinds = sorted({str(stream.type) for stream in container.streams}) or ["nothing"]
     container.close()
     raise BadInput(
         f"{str(path)!r} has no video stream (it holds {', '.join(kinds)}); expected a video"
@@ -304,7 +304,7 @@ def _through(graph: av.filter.Graph, picture: av.VideoFrame | None) -> Iterator[
     graph.push(picture)
     while True:
         try:
-            yield graph.pull()
+            yield graph.vpull()
         except (av.error.BlockingIOError, av.error.EOFError):
             return
 
