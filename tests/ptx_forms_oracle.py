@@ -1,0 +1,105 @@
+"""Oracles of scalar instruction forms: exact rational arithmetic and Python's integers.
+
+Nothing here uses the emulator.  An oracle takes the form's input arrays and returns its outputs.
+"""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+from exact_rounding import round_to
+
+NAN = {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF, "f64": 0x7FFFFFFFFFFFFFFF}
+WIDTH = {"f16": 16, "bf16": 16, "f32": 32, "f64": 64}
+
+
+def to_floats(kind, bits):
+    """Python floats of raw bits."""
+    if kind == "bf16":
+        bits = bits.astype(np.uint32) << np.uint32(16)
+    with np.errstate(invalid="ignore"):
+        return [float(v) for v in bits.view(f"f{bits.dtype.itemsize}")]
+
+
+def to_bits(kind, value):
+    """Raw bits of a float that the format holds exactly."""
+    if math.isnan(value):
+        return NAN[kind]
+    if kind == "bf16":
+        return int(np.float32(value).view(np.uint32)) >> 16
+    width = WIDTH[kind]
+    return int(np.array(value, f"f{width // 8}").view(f"u{width // 8}"))
+
+
+def flushed(kind, value, ftz):
+    smallest = {"f32": 2.0**-126, "f16": 2.0**-14}.get(kind, 0.0)
+    return math.copysign(0.0, value) if ftz and abs(value) < smallest else value
+
+
+def rounded(kind, exact, approximate, mode, ftz, sat, relu):
+    """Bits of a result: `exact` a Fraction or None where only `approximate` (inf, nan, 0) counts."""
+    value = approximate
+    if exact is not None and exact != 0:
+        value = math.copysign(float(round_to(kind, exact, mode)), exact)
+    elif exact is not None and mode == "rm" and value == 0 and not isinstance(approximate, int):
+        value = approximate
+    value = flushed(kind, value, ftz)
+    if sat:
+        value = 0.0 if math.isnan(value) or value <= 0 else min(value, 1.0)
+    if relu and not math.isnan(value):
+        value = value if value > 0 else 0.0
+    return to_bits(kind, value)
+
+
+def arithmetic(kind, function, mode="rn", ftz=False, sat=False, relu=False):
+    """Oracle of a sum, product or fused product: `function` on floats and on Fractions alike."""
+
+    def oracle(*raw):
+        columns = [[flushed(kind, v, ftz) for v in to_floats(kind, r)] for r in raw]
+        out = np.zeros(len(raw[0]), raw[0].dtype)
+        for i, values in enumerate(zip(*columns, strict=True)):
+            finite = all(math.isfinite(v) for v in values)
+            exact = function(*(Fraction(v) for v in values)) if finite else None
+            with np.errstate(all="ignore"):
+                plain = float(function(*(np.float64(v) for v in values)))
+            if exact == 0 and mode == "rm" and not _positive_zero(function, values):
+                plain = -0.0
+            out[i] = rounded(kind, exact, plain, mode, ftz, sat, relu)
+        return [out]
+
+    return oracle
+
+
+def _positive_zero(function, values):
+    """Whether an exactly zero result is +0 even when rounding down: all its terms are +0."""
+    flipped = [np.float64(v) for v in values]
+    plain = function(*flipped)
+    terms = function.__name__ == "<lambda>" and len(values) == 2 and function(2, 3) == 6
+    if terms:  # a product: the sign rule does not depend on the mode
+        return not np.signbit(plain)
+    return not np.signbit(plain) and all(v == 0 and not np.signbit(v) for v in values)
+
+
+def integers(kind, bits):
+    """Python integers of raw bits of an s or u (or b) type."""
+    width = int(kind[1:])
+    wrap = 1 << width if kind[0] == "s" else 0
+    return [int(b) - (wrap if int(b) >> (width - 1) else 0) for b in bits]
+
+
+def whole(result, kinds, function, keep=None):
+    """Oracle of an integer instruction: `function` on Python ints, wrapped to `result`.
+
+    `keep` marks operands for which the manual defines the result; elsewhere the oracle is masked
+    out by returning None for the element's comparison.
+    """
+
+    def oracle(*raw):
+        columns = [integers(k, r) for k, r in zip(kinds, raw, strict=True)]
+        width = int(result[1:])
+        out = np.zeros(len(raw[0]), f"u{width // 8}")
+        for i, values in enumerate(zip(*columns, strict=True)):
+            out[i] = function(*values) % (1 << width)
+        return [out]
+
+    return oracle

@@ -1,0 +1,114 @@
+"""Every instruction form in the emulator, against the GPU's answers and independent oracles.
+
+tests/fixtures/ptx/forms.npz holds what an H200 computed for the same kernels and inputs
+(make_ptx_fixtures.py).  Integer, memory, conversion and IEEE forms must agree bit for bit;
+approximations and tensor-core sums within the tolerance of the form, which states its reason.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import ptx_forms
+import pytest
+import torch
+
+from mirage_hello.ptx import assembler
+from mirage_hello.ptx.emulator import formats
+
+FIXTURE = Path(__file__).parent / "fixtures" / "ptx" / "forms.npz"
+GROUPS = ptx_forms.groups()
+FORMS = [f for forms in GROUPS.values() for f in forms]
+
+
+@functools.cache
+def fixture():
+    """(arrays, meta) of the GPU's answers, or (None, None) before they were taken."""
+    if not FIXTURE.exists():
+        return None, None
+    arrays = np.load(FIXTURE)
+    return arrays, json.loads(str(arrays["meta"]))
+
+
+def recorded(form):
+    """The GPU's outputs of a form, or None when the fixture lacks it or is older than the form."""
+    arrays, meta = fixture()
+    if arrays is None or meta["digests"].get(form.name) != form.digest():
+        return None
+    return [arrays[f"{form.name}|{i}"] for i in range(len(form.outputs))]
+
+
+def assert_agrees(got, wanted, tolerance, what):
+    """Compare raw bits, or values within a tolerance (NaN with NaN, infinity with infinity)."""
+    got, wanted = np.ravel(got), np.ravel(wanted)
+    if tolerance.kind == "bits":
+        wrong = np.nonzero(got != wanted)[0]
+        if len(wrong):
+            i = wrong[0]
+            text = f"{what}: {len(wrong)} of {len(got)} differ, first [{i}] {int(got[i]):#x}"
+            pytest.fail(f"{text}, expected {int(wanted[i]):#x}")
+        return
+    x, y = (
+        formats.decode(tolerance.kind, v.view(formats.register_dtype(tolerance.kind)))
+        for v in (got, wanted)
+    )
+    with np.errstate(invalid="ignore"):
+        allowed = tolerance.absolute + tolerance.relative * np.abs(y)
+        close = (x == y) | (np.abs(x - y) <= allowed) | (np.isnan(x) & np.isnan(y))
+    if not close.all():
+        i = np.nonzero(~close)[0][0]
+        error = np.nanmax(np.where(close, 0, np.abs(x - y)))
+        pytest.fail(f"{what}: {np.sum(~close)} of {len(x)} beyond {tolerance}, first [{i}] "
+                    f"{x[i]!r}, expected {y[i]!r}; largest error {error:.3g}")  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)
+def test_form(form):
+    truth = recorded(form)
+    out = ptx_forms.run(form, ptx_forms.program_of(form.group), torch.device("cpu"))
+    if truth is not None:
+        for got, wanted in zip(out, truth, strict=True):
+            assert_agrees(got, wanted, form.tolerance, f"{form.name} (GPU)")
+    if form.oracle is not None:
+        inputs = form.arguments()
+        expected = form.oracle(*(inputs[i] for i in range(len(inputs)) if i not in form.outputs))
+        for got, wanted in zip(out, expected, strict=True):
+            assert_agrees(got, wanted, form.tolerance, f"{form.name} (oracle)")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_group_assembles(group):
+    """ptxas takes every form, for the oldest architecture that has it and for sm_90a."""
+    for target in {f.target for f in GROUPS[group]}:
+        forms = [f for f in GROUPS[group] if f.target == target]
+        text = ptx_forms.module_text(forms)
+        for arch in {target, "sm_90a"}:
+            cubin, _ = assembler.ptxas(text, arch, name=group)
+            assert all(f.entry.encode() in cubin for f in forms)
+
+
+@pytest.mark.skipif(not FIXTURE.exists(), reason="the GPU's answers are not recorded yet")
+def test_fixture_is_current_and_complete():
+    _, meta = fixture()
+    stale = [f.name for f in FORMS if meta["digests"].get(f.name) not in (None, f.digest())]
+    missing = [
+        f.name for f in FORMS if f.name not in meta["digests"] and f.name not in meta["failures"]
+    ]
+    assert not stale and not missing, (
+        f"run make_ptx_fixtures.py again: stale {stale}, missing {missing}"
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", GROUPS)
+def test_group_on_the_gpu(group):
+    """The recorded answers are those of this GPU."""
+    program = ptx_forms.program_of(group)
+    for form in GROUPS[group]:
+        truth = recorded(form)
+        if truth is not None:
+            for got, wanted in zip(
+                ptx_forms.run(form, program, torch.device("cuda")), truth, strict=True
+            ):
+                assert_agrees(got, wanted, ptx_forms.BITS, form.name)
