@@ -67,7 +67,7 @@ class Outcome:
 
 
 @dataclass
-class _Subject:
+class Subject:
     """The inputs of a case, and what is true of them."""
 
     case: Case
@@ -109,17 +109,17 @@ def measure_case(
     """
     outcome = Outcome()
     begin("inputs", STEP_SECONDS)
-    subject = _subject(case, dtype, options)
+    subject = prepare(case, dtype, options)
     parities: dict[str, Parity] = {}
     kernels: dict[str, Kernel] = {}
     outputs: dict[str, Tensor] = {}
     for kernel in ops_kernels(case.op):
-        reason = _left_out(kernel, subject.call, options, lost)
+        reason = left_out(kernel, subject.call, options, lost)
         if reason:
             outcome.skipped.append({**subject.where, "kernel": kernel.name, "reason": reason})
             continue
         begin(kernel.name, STEP_SECONDS)
-        out, parity = _first_run(kernel, subject)
+        out, parity = first_run(kernel, subject)
         if out is None or not parity.passed:
             outcome.failures.append(_failure(subject, kernel, parity))
             continue
@@ -146,7 +146,8 @@ def ops_kernels(op: str) -> list[Kernel]:
     return list(getattr(ops, op).kernels)
 
 
-def _subject(case: Case, dtype: str, options: Options) -> _Subject:
+def prepare(case: Case, dtype: str, options: Options) -> Subject:
+    """Draw the case's inputs, and compute what is true of them and what torch makes of them."""
     # A seed of its own for each case, the same in every run and every process.
     seed = options.seed + zlib.crc32(f"{case.op} {case.name} {dtype}".encode())
     args = case.make(Draw(options.device, getattr(torch, dtype), seed))
@@ -154,10 +155,11 @@ def _subject(case: Case, dtype: str, options: Options) -> _Subject:
     with torch.no_grad(), exact_float32():
         truth = op.reference(*in_float64(args))
         plain = op.torch_kernel.run(*args)
-    return _Subject(case, dtype, args, op.describe(args, {}), truth, plain)
+    return Subject(case, dtype, args, op.describe(args, {}), truth, plain)
 
 
-def _left_out(kernel: Kernel, call: Call, options: Options, lost: Sequence[str]) -> str | None:
+def left_out(kernel: Kernel, call: Call, options: Options, lost: Sequence[str] = ()) -> str | None:
+    """Why this kernel is not measured on this call; None when it is."""
     if options.backends and kernel.backend not in options.backends:
         return "not asked for"
     if not options.backends and call.device.type in INTERPRETED.get(kernel.backend, ()):
@@ -167,7 +169,7 @@ def _left_out(kernel: Kernel, call: Call, options: Options, lost: Sequence[str])
     return kernel.refuses(call)
 
 
-def _first_run(kernel: Kernel, subject: _Subject) -> tuple[Tensor | None, Parity]:
+def first_run(kernel: Kernel, subject: Subject) -> tuple[Tensor | None, Parity]:
     """The output on poisoned memory and its parity; a kernel that raises has failed."""
     try:
         with torch.no_grad():
@@ -185,7 +187,7 @@ def _first_run(kernel: Kernel, subject: _Subject) -> tuple[Tensor | None, Parity
 
 
 def _working_peers(
-    subject: _Subject, options: Options, begin: Begin, lost: Sequence[str], outcome: Outcome
+    subject: Subject, options: Options, begin: Begin, lost: Sequence[str], outcome: Outcome
 ) -> dict[str, Callable[..., Tensor]]:
     """The peers that run on these inputs; the others are noted with their reason."""
     working = {}
@@ -214,7 +216,7 @@ def _cache_states(case: Case, options: Options) -> tuple[str, ...]:
 
 
 def _time(
-    subject: _Subject,
+    subject: Subject,
     kernels: dict[str, Kernel],
     wanted: dict[str, Callable[..., Tensor]],
     cache: str,
@@ -229,7 +231,7 @@ def _time(
     return measure(contenders, subject.call.device.type, cold=cache == "cold", effort=effort)
 
 
-def _rotated(subject: _Subject) -> list[tuple]:
+def _rotated(subject: Subject) -> list[tuple]:
     """Argument lists that differ in the storage of their weights, not in any value."""
     weights = [subject.args[i] for i in subject.case.weights]
     weight_bytes = sum(w.numel() * w.element_size() for w in weights)
@@ -242,7 +244,7 @@ def _rotated(subject: _Subject) -> list[tuple]:
     return sets
 
 
-def _after(timing: Timing, first: Tensor, subject: _Subject) -> Parity | None:
+def _after(timing: Timing, first: Tensor, subject: Subject) -> Parity | None:
     """None when the timed output is the checked one bit for bit, else its own parity."""
     out = timing.output
     assert out is not None, "measure keeps the last output"
@@ -252,7 +254,7 @@ def _after(timing: Timing, first: Tensor, subject: _Subject) -> Parity | None:
 
 
 def _row(
-    subject: _Subject,
+    subject: Subject,
     kernel: Kernel,
     timing: Timing,
     cache: str,
@@ -290,7 +292,7 @@ def _row(
     }
 
 
-def _failure(subject: _Subject, kernel: Kernel, parity: Parity, when: str = "") -> dict[str, Any]:
+def _failure(subject: Subject, kernel: Kernel, parity: Parity, when: str = "") -> dict[str, Any]:
     return {
         **subject.where,
         "backend": kernel.backend,

@@ -21,6 +21,7 @@ from .worker import GROUPS, OUT_OF_TIME, Entry, Journal, encoded
 START_SECONDS = 120.0  # imports, CUDA context and the first compilation of a new process
 MOST_RESTARTS = 12  # of one group: past this something is wrong with the machine, not a kernel
 POLL_SECONDS = 0.1
+OVERTIME_SECONDS = 5.0  # past the deadline: the worker itself stops between two cases
 
 
 def run_groups(
@@ -113,7 +114,7 @@ def _watch(process: subprocess.Popen, options: Options, journal: Journal) -> str
         if len(entries) != known:
             known, changed = len(entries), time.time()
             allowed = entries[-1].seconds or STEP_SECONDS
-        if time.time() > options.deadline + 5:  # the worker itself stops between two cases
+        if time.time() > options.deadline + OVERTIME_SECONDS:
             return OUT_OF_TIME
         if time.time() - changed > allowed:
             return f"gave no answer in {allowed:.0f} s and was stopped"

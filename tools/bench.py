@@ -101,11 +101,13 @@ def _options(args: argparse.Namespace) -> Options:
         raise BadInput("--device cuda: torch sees no CUDA device; leave --device out")
     if device == "cpu" and args.cold:
         raise BadInput("--cold flushes a GPU's L2 and there is no GPU here; leave --cold out")
+    wanted_ops = _known("op", args.op, [case.op for case in _all_cases()] + [*MODEL_OPS])
+    of_ops = [case.name for case in _all_cases() if not wanted_ops or case.op in wanted_ops]
     on_gpu, short = device == "cuda", args.quick or device == "cpu"
     return Options(
         device=device,
-        ops=_known("op", args.op, [case.op for case in _all_cases()] + [*MODEL_OPS]),
-        cases=_known("case", args.case, [case.name for case in _all_cases()]),
+        ops=wanted_ops,
+        cases=_known("case", args.case, of_ops),
         backends=tuple(_backend(name, device) for name in args.backend),
         dtypes=_known("dtype", [DTYPES.get(d, d) for d in args.dtype], [*DTYPES.values()]),
         peers=_peers(args.peers, device),

@@ -25,6 +25,8 @@ from mirage_hello.tools.report_rows import (
     case_title,
     geometric_mean,
     peers_of,
+    three_digits,
+    time_text,
 )
 
 # Text, lines and the background take the page's colours (tools/report.html maps these three).
@@ -193,11 +195,11 @@ def _roofs(axes: Any, limits: dict[str, Any], low: float, high: float) -> None:
         ridge = peak / bandwidth
         axes.plot([low, ridge, high], [low * bandwidth, peak, peak], color=INK, linewidth=1.3)
         if dtype != "float16":  # within a percent or two of bfloat16: one label is enough
-            label = f"{dtype} matrix product {_three(peak)} TFLOP/s"
+            label = f"{dtype} matrix product {three_digits(peak)} TFLOP/s"
             axes.text(high * 0.93, peak * 1.1, label, ha="right", fontsize=8.5)
     x, y = low * 1.2, low * 1.2 * bandwidth * 1.15
     axes.text(
-        x, y, f"copy {_three(bandwidth)} TB/s", fontsize=8.5, rotation_mode="anchor",
+        x, y, f"copy {three_digits(bandwidth)} TB/s", fontsize=8.5, rotation_mode="anchor",
         # Along a line of slope 1 in logarithms, whatever the figure's shape.
         rotation=math.degrees(math.atan2(y, x)), transform_rotates_text=True,
     )  # fmt: skip
@@ -273,7 +275,7 @@ def _frame_bar(axes: Any, y: float, times: dict[str, float], colour: str) -> Non
     axes.barh(y, median, height=0.8, color=colour)
     axes.plot([median, worst], [y, y], color=INK, linewidth=1.3)
     axes.plot([worst, worst], [y - 0.2, y + 0.2], color=INK, linewidth=1.3)
-    text = f"{_three(median)} ms = {_three(1000 / median)} FPS"
+    text = f"{three_digits(median)} ms = {three_digits(1000 / median)} FPS"
     _beside(axes, max(worst, median), y, text, 6, fontsize=9, bbox=HALO, zorder=4)
 
 
@@ -284,20 +286,6 @@ def _heading(figure: Figure, axes: Any, title: str, caption: str, pad: float = 2
         fontsize=8.5, color=FAINT,
     )  # fmt: skip
     figure.set_layout_engine("constrained")
-
-
-def time_text(time_us: float) -> str:
-    """Three significant digits with the unit that reads best: "8.61 us", "4.53 ms", "1.2 s"."""
-    if time_us >= 1e6:
-        return f"{_three(time_us * 1e-6)} s"
-    return f"{_three(time_us * 1e-3)} ms" if time_us >= 1e3 else f"{_three(time_us)} us"
-
-
-def _three(value: float) -> str:
-    if value <= 0 or not math.isfinite(value):
-        return f"{value:.0f}"
-    digits = max(0, 2 - math.floor(math.log10(value)))
-    return f"{value:.{digits}f}"
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:

@@ -72,3 +72,18 @@ def case_title(row: Row) -> str:
 def geometric_mean(values: Sequence[float]) -> float:
     """exp(mean(log(values))); 0 for none."""
     return math.exp(sum(map(math.log, values)) / len(values)) if values else 0.0
+
+
+def time_text(time_us: float) -> str:
+    """Three significant digits with the unit that reads best: "8.61 us", "4.53 ms", "1.2 s"."""
+    if time_us >= 1e6:
+        return f"{three_digits(time_us * 1e-6)} s"
+    return f"{three_digits(time_us * 1e-3)} ms" if time_us >= 1e3 else f"{three_digits(time_us)} us"
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if value <= 0 or not math.isfinite(value):
+        return f"{value:.0f}"
+    digits = max(0, 2 - math.floor(math.log10(value)))
+    return f"{value:.{digits}f}"

@@ -8,7 +8,6 @@ from typing import Any
 
 from mirage_hello.bench import results
 from mirage_hello.bench.summary import best_peer, speedup
-from mirage_hello.tools.plots import time_text
 from mirage_hello.tools.report_rows import (
     SHORT,
     Row,
@@ -16,6 +15,7 @@ from mirage_hello.tools.report_rows import (
     case_title,
     geometric_mean,
     peers_of,
+    time_text,
 )
 
 CACHE_NAMES = {"hot": "hot", "cold": "cold", "cold-weights": "cold weights"}

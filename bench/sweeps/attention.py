@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -53,6 +54,7 @@ def tiles(n: int, m: int, d: int) -> list[Tile]:
                 found.append(tile)
                 if m > block_n:
                     found += [tile.lazily(p) for p in ((0, 1, 2, 3) if d <= 80 else (0,))]
+                    found += [replace(t, ping_pong=False) for t in found[-3:] if t.ping_pong]
     return found
 
 
