@@ -71,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((a for a in arguments if not a.startswith("-")), None)
     try:
         args = _parse(arguments, command)
-        return int(args.run(args) or OK)
+        code = int(args.run(args) or OK)
+        sys.stdout.flush()  # here, where a closed pipe is still understood
+        return code
     except BadInput as error:
         print(f"mirage{f' {command}' if command else ''}: {error}", file=sys.stderr)
         if "--json" in arguments:

@@ -18,8 +18,12 @@ def console() -> Console:
     """Standard output, for tables and sentences."""
     from rich.console import Console
 
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich's own way out is exit code 1, which means a failed check
+
     width = None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL
-    return Console(highlight=False, soft_wrap=True, width=width)
+    return Output(highlight=False, soft_wrap=True, width=width)
 
 
 def warn(text: str) -> None:
