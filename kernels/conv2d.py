@@ -40,6 +40,8 @@ def check(values: Mapping[str, Any]) -> None:
             f"conv2d: weight must have x's channels (got x C={channels}, weight C={in_channels}); "
             "grouped convolution is not covered"
         )
+    if channels == 0 or outputs == 0:
+        raise ValueError(f"conv2d: weight must have channels (got {tuple(weight.shape)})")
     if any(0 in (w, n) or n + 2 * padding < w for n, w in zip(image, window, strict=True)):
         raise ValueError(
             f"conv2d: a {window[0]}x{window[1]} window must fit the padded image (got "
