@@ -6,8 +6,9 @@
 #   make test                          the whole test suite; needs no GPU
 #   make test PYTEST_FLAGS="-k silu"   a part of it
 #
-# TORCH and PIP_FLAGS choose PyTorch's build: on a Linux machine without an NVIDIA GPU,
-# PIP_FLAGS="--index-url ..." with PyTorch's CPU index saves some gigabytes.
+# TORCH is what pip is told to install as PyTorch. On a Linux machine without an NVIDIA GPU
+# TORCH="torch --index-url ..." with PyTorch's CPU index saves some gigabytes.
+# PIP_FLAGS is passed to every `pip install`.
 
 VENV ?= .venv
 TORCH ?= torch==2.13.0
