@@ -61,7 +61,7 @@ def attention_sm90a(
         return out
     if m == 0:
         return out.zero_()
-    tile = tile or choose_tile(b * h, n, m, d)
+    tile = tile or choose_tile(b * h, n, m, d, q.dtype)
     block_m, short = 64 * tile.warpgroups, SHORT_NAME[q.dtype]
     maps = (_heads(q, block_m), _heads(k, tile.block_n), _heads(v, tile.block_n), _heads(out, 64))
     scale = d**-0.5 if scale is None else scale
@@ -83,7 +83,7 @@ def _heads(t: Tensor, rows: int) -> loader.TensorMap:
     return loader.tensor_map(t, (64, 1, rows, 1), dims=(d, h, n, b), strides=strides)
 
 
-def choose_tile(heads: int, n: int, m: int, d: int) -> Tile:
+def choose_tile(heads: int, n: int, m: int, d: int, dtype: torch.dtype) -> Tile:
     """The tile for `heads` (batch x heads) times n queries and m keys; see docs/attention.md.
 
     Small heads want many consumer warps, which hide the latency of the exponential unit; few
@@ -93,15 +93,17 @@ def choose_tile(heads: int, n: int, m: int, d: int) -> Tile:
     def tiles(groups: int) -> int:
         return heads * -(-n // (64 * groups))
 
+    # A lazy maximum needs a second block to pay; half precision overflows beyond 2^15 equal keys.
+    lazy = m > 128 and (dtype == torch.bfloat16 or m <= 16384)
     if d <= 48 and tiles(4) >= 96:
-        return Tile(4, 80, 3, True, 3)
+        return Tile(4, 80, 3, True, 1 if lazy else 0, lazy)
+    if d <= 64 and m >= 8192 and tiles(4) >= 96:
+        return Tile(4, 64, 3, True, 0, lazy)
     if d <= 64 and tiles(3) >= 96:
-        return Tile(3, 128, 2, True, 2)
+        return Tile(3, 128, 2, True, 0, lazy)
     if tiles(2) >= 128:
-        if d <= 64:
-            return Tile(2, 128, 2, True, 2)
-        return Tile(2, 176 if d <= 128 else 112, 2, d <= 128, 0)
-    return Tile(1, 128 if d <= 128 else 64, 2 if d > 64 else 3, False, 0)
+        return Tile(2, 96 if d <= 128 else 64, 3 if d <= 192 else 2, False, 0, lazy)
+    return Tile(1, 128 if d <= 160 else 64, 3 if d <= 80 else 2, False, 0, lazy)
 
 
 def supports(call: Call) -> str | None:
