@@ -36,7 +36,7 @@ def _float_binary(op, function):
     ftz, sat = op.has("ftz"), op.has("sat")
 
     def run(a, b):
-        return function(kind, a, b, rounding, ftz, sat)
+        return function(kind, a, b, rounding=rounding, ftz=ftz, sat=sat)
 
     return elementwise(op, run, (kind, kind), kind)
 
@@ -136,7 +136,7 @@ def fma(op):
         op.fail("needs a floating-point type")
 
     def run(a, b, c):
-        return arith.fma(kind, a, b, c, rounding, ftz, sat, relu)
+        return arith.fma(kind, a, b, c, rounding=rounding, ftz=ftz, sat=sat, relu=relu)
 
     return elementwise(op, run, (kind,) * 3, kind)
 
@@ -157,7 +157,7 @@ def div(op):
     if mode:
         return elementwise(op, lambda a, b: approx.div(mode, a, b, ftz), (kind, kind), kind)
     rounding = op.rounding()
-    return elementwise(op, lambda a, b: arith.div(kind, a, b, rounding, ftz), (kind, kind), kind)
+    return elementwise(op, lambda a, b: arith.div(kind, a, b, rounding=rounding, ftz=ftz), (kind, kind), kind)
 
 
 @instruction("rem")
@@ -174,7 +174,7 @@ def _extreme(op, of_integers, of_floats):
     ftz, nan, xorsign = op.has("ftz"), op.has("NaN"), op.has("xorsign")
 
     def run(a, b):
-        return of_floats(kind, a, b, ftz, nan, xorsign)
+        return of_floats(kind, a, b, ftz=ftz, nan=nan, xorsign=xorsign)
 
     return elementwise(op, run, (kind, kind), kind)
 
@@ -193,7 +193,7 @@ def maximum(op):
 def absolute(op):
     kind, ftz = op.kind, op.has("ftz")
     if is_float(kind):
-        return elementwise(op, lambda a: arith.absolute(kind, a, ftz), (kind,), kind)
+        return elementwise(op, lambda a: arith.absolute(kind, a, ftz=ftz), (kind,), kind)
     return elementwise(op, lambda a: integer.absolute(kind, a), (kind,), kind)
 
 
@@ -201,7 +201,7 @@ def absolute(op):
 def neg(op):
     kind, ftz = op.kind, op.has("ftz")
     if is_float(kind):
-        return elementwise(op, lambda a: arith.neg(kind, a, ftz), (kind,), kind)
+        return elementwise(op, lambda a: arith.neg(kind, a, ftz=ftz), (kind,), kind)
     return elementwise(op, lambda a: integer.neg(kind, a), (kind,), kind)
 
 
@@ -211,7 +211,7 @@ def exact_or_approximate(op):
     if op.has("approx"):
         return _approximate(op)
     function, rounding = getattr(arith, name), op.rounding()
-    return elementwise(op, lambda a: function(kind, a, rounding, ftz), (kind,), kind)
+    return elementwise(op, lambda a: function(kind, a, rounding=rounding, ftz=ftz), (kind,), kind)
 
 
 @instruction("ex2", "lg2", "rsqrt", "tanh", "sin", "cos")

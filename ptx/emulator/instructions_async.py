@@ -5,6 +5,7 @@ import numpy as np
 from mirage_hello.ptx.emulator import memory, tensor_map
 from mirage_hello.ptx.emulator.asynchronous import BulkCopy
 from mirage_hello.ptx.emulator.formats import register_dtype
+from mirage_hello.ptx.emulator.instructions_memory import ATOMICS, combiner, update, vector_count
 from mirage_hello.ptx.emulator.instructions_warp import constant
 from mirage_hello.ptx.emulator.operands import (
     SHARED_BASE,
@@ -14,7 +15,7 @@ from mirage_hello.ptx.emulator.operands import (
     List,
     TensorPlace,
 )
-from mirage_hello.ptx.emulator.table import instruction
+from mirage_hello.ptx.emulator.table import instruction, kind_bits
 
 
 # ---- cp.async --------------------------------------------------------------------------------
@@ -36,9 +37,7 @@ def copy_thread(op):
         size = lanes.full(nbytes if given is None else given(lanes).astype(np.int64))
         targets = memory.resolve(lanes, "shared", at, nbytes, pc, write=True)
         fetch = _fetcher(lanes, src, np.minimum(size, nbytes), nbytes, pc)
-        flat = np.full(lanes.n, -1, np.int64)
-        for s in targets:
-            flat[slice(None) if s.positions is None else s.positions] = s.offsets
+        flat = _flat_offsets(lanes, targets)
 
         def perform(positions):
             good = positions[flat[positions] >= 0]
@@ -264,10 +263,10 @@ def bulk_load(op):
             if flat is None or object_ is None:
                 continue
             if m.shadow.on:
+                words = m.shadow.words_of([flat], nbytes)
                 if remote:
-                    words = m.shadow.words_of([start], nbytes)
-                    m.shadow.async_read(issue.thread, words, object_.agent, object_.time + 1, pc)
-                issue.shadow_write(m.shadow.words_of([flat], nbytes), object_)
+                    words = words[_read_peer_copy(issue, start, nbytes, object_)]
+                issue.shadow_write(words, object_)
             buffer, offset = (m.shared, start) if remote else found
 
             def move(flat=flat, buffer=buffer, offset=offset):
@@ -276,6 +275,16 @@ def bulk_load(op):
             issue.submit_load(object_, nbytes, move)
 
     return per_thread(op, body)
+
+
+def _read_peer_copy(issue, start, nbytes, barrier):
+    """Race checks of the source; returns which of its words hold data.  Padding that nobody wrote
+    may travel along: it stays uninitialised at the destination."""
+    shadow = issue.m.shadow
+    words = shadow.words_of([start], nbytes)
+    written = shadow.written(words)
+    shadow.async_read(issue.thread, words[written], barrier.agent, barrier.time + 1, issue.pc)
+    return written
 
 
 def _multicast(lanes, position, dst, barrier, mask):
@@ -328,6 +337,62 @@ def _reduction(op):
         return np.ascontiguousarray(out).view(np.uint8)
 
     return run
+
+
+@instruction("st.async", "red.async", control=True)
+def remote_store(op):
+    """st.async / red.async [shared::cluster], value(s), [mbar]: completes on the peer's mbarrier."""
+    size, count = kind_bits(op.kind) // 8, vector_count(op)
+    to, bar, pc = op.address(0), op.address(2), op.pc
+    sources = [op.reader(e, op.kind) for e in op.elements(1)]
+    name = next((m for m in op.mods if m in ATOMICS), None)
+    combine = combiner(op, name, op.kind) if op.base == "red.async" else None
+    total, dtype = size * count, np.dtype(f"u{size}")
+
+    def run(lanes):
+        m, at = lanes.m, lanes.full(to(lanes))
+        values = np.stack([lanes.full(s(lanes)) for s in sources], axis=1).astype(dtype)
+        segments = memory.resolve(lanes, "shared", at, total, pc, write=True)
+        due = list(m.queue.mbarriers.groups(lanes, lanes.full(bar(lanes)), pc))
+        flat = _flat_offsets(lanes, segments)
+        for barrier, part, positions in due:
+            m.queue.mbarriers.join(barrier, part)
+            if m.shadow.on:
+                mine = flat if positions is None else flat[positions]
+                _shadow_stores(part, mine, total, barrier, pc)
+
+        def perform():
+            for s in segments:
+                mine = values if s.positions is None else values[s.positions]
+                if combine:
+                    update(s, mine, None, combine, size, count)
+                else:
+                    s.buffer.scatter(s.offsets, mine)
+            for barrier, part, _ in due:
+                m.queue.mbarriers.complete_tx(barrier, part.n * total)
+
+        m.queue.submit(perform)
+        return [(pc + 1, lanes)]
+
+    return run
+
+
+def _flat_offsets(lanes, segments):
+    """Flat shared offset per thread, -1 where the access was illegal."""
+    flat = np.full(lanes.n, -1, np.int64)
+    for s in segments:
+        flat[slice(None) if s.positions is None else s.positions] = s.offsets
+    return flat
+
+
+def _shadow_stores(lanes, flat, total, barrier, pc):
+    for warp in lanes.warps:
+        at = np.flatnonzero(((lanes.idx >> 5) == warp) & (flat >= 0))
+        if not len(at):
+            continue
+        words = lanes.m.shadow.words_of(flat[at], total)
+        thread = int(lanes.idx[at[0]])
+        lanes.m.shadow.async_write(thread, words, barrier.agent, barrier.time + 1, pc)
 
 
 # ---- tensor maps -----------------------------------------------------------------------------

@@ -267,7 +267,7 @@ def _pack(op, elements, kind):
 @instruction("cvt")
 def convert(op):
     if op.has("pack"):
-        op.fail("is not supported; extend instructions_logic.py")
+        return _convert_pack(op)
     dst, src = op.types[-2], op.types[-1]
     rounding = op.rounding(None)
     flags = {
@@ -285,6 +285,21 @@ def convert(op):
         put(lanes, cvt.convert(dst, src, tuple(s(lanes) for s in sources), rounding, **flags))
 
     return run
+
+
+def _convert_pack(op):
+    """cvt.pack.sat.<dst>.<src>{.b32} d, a, b{, c}: {c, a, b} from high to low bits."""
+    dst, src = op.types[0], op.types[1]
+    n = int(dst[1:])
+    kinds = [src, src] + (["b32"] if len(op.operands) > 3 else [])
+    low = np.uint32((1 << n) - 1)
+
+    def run(a, b, c=None):
+        ta, tb = (cvt.convert(dst, src, (v,), sat=True).astype(np.uint32) & low for v in (a, b))
+        packed = (ta << np.uint32(n)) | tb
+        return packed if c is None else packed | (c << np.uint32(2 * n))
+
+    return elementwise(op, run, kinds, "b32")
 
 
 _WINDOWS = {"shared": TAG_SHARED, "local": TAG_LOCAL, "param": TAG_PARAM}

@@ -32,9 +32,7 @@ def inval(op):
 def arrive(op):
     """mbarrier.arrive{.expect_tx} state|_, [a]{, count | tx}"""
     drop = op.base.endswith("drop")
-    expect, no_complete = op.has("expect_tx"), op.has("noComplete")
-    if no_complete:
-        op.fail("with .noComplete is not supported; extend instructions_mbarrier.py")
+    expect = op.has("expect_tx")
     put = op.dst(0, "b64")
     address = op.address(1)
     value = op.src(2, "u32") if len(op.operands) > 2 else None
@@ -79,7 +77,7 @@ def wait(op):
     def run(lanes):
         m = lanes.m
         at = lanes.full(address(lanes))
-        want = expected(lanes).astype(np.int64)
+        want = expected(lanes).astype(np.int64) & 0xFFFFFFFF
         passed, blocked = m.queue.mbarriers.test(lanes, at, want, parity, op.pc)
         if not suspends:
             put(lanes, passed)
@@ -98,4 +96,6 @@ def wait(op):
 
 @instruction("mbarrier.pending_count")
 def pending_count(op):
-    op.fail("is not supported; extend instructions_mbarrier.py")
+    """Arrivals that were pending before the arrive that returned the state."""
+    state, put = op.src(1, "b64"), op.dst(0, "b32")
+    return lambda lanes: put(lanes, (state(lanes) >> np.uint64(32)).astype(np.uint32))

@@ -78,13 +78,13 @@ def store(op):
 
 
 # ---- atomics ---------------------------------------------------------------------------------
-_UFUNC = {
+ATOMICS = {
     "add": np.add, "min": np.minimum, "max": np.maximum,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
 }  # fmt: skip
 
 
-def _combiner(op, name, kind):
+def combiner(op, name, kind):
     """function (old bits, b bits, c bits or None) -> new bits."""
     if name == "exch":
         return lambda old, b, c: b
@@ -100,9 +100,9 @@ def _combiner(op, name, kind):
     if name in ("min", "max"):
         function = integer.minimum if name == "min" else integer.maximum
         return lambda old, b, c: function(kind, old, b)
-    if name not in _UFUNC:
+    if name not in ATOMICS:
         op.fail(f"has no operation .{name}; extend instructions_memory.py")
-    return lambda old, b, c: _UFUNC[name](old, b)
+    return lambda old, b, c: ATOMICS[name](old, b)
 
 
 def _rounds(offsets):
@@ -118,7 +118,7 @@ def _rounds(offsets):
     return [np.flatnonzero(rank == r) for r in range(int(rank.max()) + 1)]
 
 
-def _update(segment, values, compare, combine, size, count):
+def update(segment, values, compare, combine, size, count):
     """Apply an atomic in thread order; returns the old values [n][count]."""
     old = np.empty_like(values)
     for part in _rounds(segment.offsets):
@@ -142,8 +142,8 @@ def atomic(op):
     wants_old = op.base == "atom"
     first = 1 if wants_old else 0
     size, count = _shape(op)
-    name = next((m for m in op.mods if m in ("exch", "cas", "inc", "dec", *_UFUNC)), "?")
-    combine, kind = _combiner(op, name, op.kind), op.kind
+    name = next((m for m in op.mods if m in ("exch", "cas", "inc", "dec", *ATOMICS)), "?")
+    combine, kind = combiner(op, name, op.kind), op.kind
     space, address = space_of(op, op.operands[first]), op.address(first)
     b = [op.reader(e, kind) for e in op.elements(first + 1)]
     c = [op.reader(e, kind) for e in op.elements(first + 2)] if name == "cas" else None
@@ -162,7 +162,7 @@ def atomic(op):
         for s in segments:
             pick = slice(None) if s.positions is None else s.positions
             mine = None if other is None else other[pick]
-            old[pick] = _update(s, values[pick], mine, combine, size, count)
+            old[pick] = update(s, values[pick], mine, combine, size, count)
         lanes.m.counts.access(pc, lanes, segments, at, total, True)
         for i, put in enumerate(puts):
             put(lanes, old[:, i])

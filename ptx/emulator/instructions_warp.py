@@ -167,7 +167,7 @@ def redux(op):
         slot = np.searchsorted(lanes.warps, lanes.idx >> 5)
         first = np.flatnonzero(np.r_[True, slot[1:] != slot[:-1]])
         values = integer.signed(kind, lanes.full(a(lanes)))
-        total = ufunc.reduceat(values, first)
+        total = ufunc.reduceat(values, first, dtype=values.dtype)
         put(lanes, np.ascontiguousarray(total[slot]).view(np.uint32))
 
     return converging(op, mask, body)

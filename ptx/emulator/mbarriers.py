@@ -86,7 +86,7 @@ class Mbarriers:
         tokens = np.zeros(lanes.n, np.uint64)
         for barrier, part, positions in self.groups(lanes, addresses, pc):
             pick = slice(None) if positions is None else positions
-            tokens[pick] = barrier.phase
+            tokens[pick] = barrier.phase | barrier.pending << 32
             if release:
                 self.join(barrier, part)
             barrier.tx += int(lanes.full(tx)[pick].sum())

@@ -195,6 +195,10 @@ class Shadow:
         span = np.arange(max(1, nbytes // self.granule))
         return np.unique(first[:, None] + span)
 
+    def written(self, words):
+        """Which words anybody has written."""
+        return self.record[words, CLOCK] > 0
+
     def async_write(self, thread, words, agent, clock, pc):
         """An asynchronous write by `agent` (done at its time `clock`) starts, issued by `thread`."""
         if not self.on:
