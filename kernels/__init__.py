@@ -9,6 +9,7 @@ from mirage_hello.kernels import (  # noqa: F401
     conv2d,
     elementwise,
     frames,
+    group_norm,
     layer_norm,
     linear,
 )
