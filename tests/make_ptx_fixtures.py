@@ -1,12 +1,13 @@
 """Run every instruction form on the GPU and keep its answers: the emulator's truth.
 
-    python tests/make_ptx_fixtures.py [group ...]        writes $OUT/forms.npz (default: .)
+    python tests/make_ptx_fixtures.py [--device cpu] [group ...]      writes $OUT/forms.npz (or ./)
 
 Each group runs in a forked process that loads its module once.  A form that fails or hangs ends
 its process; the rest of the group goes on in a new one.  The summary is $OUT/forms.json.
-Copy forms.npz to tests/fixtures/ptx/.
+Copy forms.npz to tests/fixtures/ptx/.  On the CPU (a rehearsal) the emulator answers.
 """
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -28,40 +29,44 @@ FORM_SECONDS = 20  # without progress
 TOTAL_SECONDS = 140
 
 
-def work(names, group, folder):
+def work(names, group, folder, device):
     """Child process: run these forms of a group, one file per result."""
     try:
-        device = torch.device("cuda")
+        device = torch.device(device)
         chosen = [f for f in ptx_forms.groups()[group] if f.name in names]
         program = loader.Program(f"forms_{group}", ptx_forms.module_text(chosen))
         for form in chosen:
             (folder / "running").write_text(form.name)
             out = ptx_forms.run(form, program, device)
-            torch.cuda.synchronize()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                (folder / "device").write_text(torch.cuda.get_device_name())
             stem = folder / str(names.index(form.name))
-            np.savez(f"{stem}.part.npz", *out)
+            np.savez(f"{stem}.part", *out)
             os.replace(f"{stem}.part.npz", f"{stem}.npz")
         (folder / "running").unlink(missing_ok=True)
-    except BaseException as error:  # noqa: BLE001 the report is the point; the child ends here
-        (folder / "error").write_text(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
-    os._exit(0)  # PyCUDA's and torch's exit handlers may hang after a failed kernel
+    finally:
+        error = sys.exception()
+        if error is not None:
+            (folder / "error").write_text("".join(traceback.format_exception(error)[::-1]))
+        os._exit(0)  # exit handlers of the driver's clients may hang after a failed kernel
 
 
 class Job:
     """A child process that runs some forms of a group."""
 
-    def __init__(self, group, names, root):
+    def __init__(self, group, names, root, device):
         self.group, self.names = group, names
         self.folder = Path(tempfile.mkdtemp(dir=root))
         context = multiprocessing.get_context("fork")
-        self.process = context.Process(target=work, args=(names, group, self.folder))
+        self.process = context.Process(target=work, args=(names, group, self.folder, device))
         self.process.start()
         self.progress, self.count = time.time(), 0
         self.limit = FIRST_SECONDS
 
     def finished(self):
         """Whether the child ended, or was ended because it made no progress."""
-        count = len(list(self.folder.glob("*.npz")))
+        count = len([p for p in self.folder.glob("*.npz") if ".part" not in p.name])
         if count != self.count:
             self.progress, self.count, self.limit = time.time(), count, FORM_SECONDS
         if self.process.is_alive() and time.time() - self.progress < self.limit:
@@ -91,17 +96,19 @@ class Job:
         return results, {culprit: why}, [n for n in left if n != culprit]
 
 
-def run_all(groups):
-    """Every form of `groups`, JOBS groups at a time: (results, failures)."""
+def run_all(groups, device):
+    """Every form of `groups`, JOBS groups at a time: (results, failures, name of the device)."""
     waiting = [(g, [f.name for f in forms]) for g, forms in groups.items()]
-    running, results, failures = [], {}, {}
+    running, results, failures, seen = [], {}, {}, set()
     end = time.time() + TOTAL_SECONDS
     with tempfile.TemporaryDirectory() as root:
         while (waiting or running) and time.time() < end:
             while waiting and len(running) < JOBS:
-                running.append(Job(*waiting.pop(0), root))
+                running.append(Job(*waiting.pop(0), root, device))
             for job in [j for j in running if j.finished()]:
                 running.remove(job)
+                if (job.folder / "device").exists():
+                    seen.add((job.folder / "device").read_text())
                 done, failed, left = job.collect()
                 results.update(done)
                 failures.update(failed)
@@ -116,23 +123,26 @@ def run_all(groups):
             results.update(job.collect()[0])
         for name in (n for _, names in waiting for n in names):
             failures.setdefault(name, "not run: out of time")
-    return results, failures
+    return results, failures, " and ".join(sorted(seen)) or "the emulator"
 
 
 def main():
-    chosen = sys.argv[1:]
-    groups = {g: f for g, f in ptx_forms.groups().items() if not chosen or g in chosen}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("groups", nargs="*")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    chosen = parser.parse_args()
+    known = ptx_forms.groups()
+    groups = {g: f for g, f in known.items() if not chosen.groups or g in chosen.groups}
     forms = {f.name: f for members in groups.values() for f in members}
-    results, failures = run_all(groups)
+    results, failures, device = run_all(groups, chosen.device)
     out = Path(os.environ.get("OUT", "."))
     arrays = {f"{name}|{i}": a for name, found in results.items() for i, a in enumerate(found)}
     meta = {
+        "device": device,
         "digests": {name: forms[name].digest() for name in results},
         "failures": failures,
         "ptxas": loader.assembler.ptxas_version(),
     }
-    # Asking torch for the device's name initialises CUDA, so only after the last fork.
-    meta["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     np.savez_compressed(out / "forms.npz", meta=np.array(json.dumps(meta)), **arrays)
     (out / "forms.json").write_text(json.dumps(failures, indent=1))
     size = (out / "forms.npz").stat().st_size / 1e6

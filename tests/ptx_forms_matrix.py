@@ -128,14 +128,36 @@ def mma_form(name, op, kinds, registers, k, style):
 
 
 def fill_shared(parameter, nbytes, threads):
-    """Lines that copy `nbytes` of a parameter to `smem`, then hand them to the async proxy."""
+    """Lines that copy `nbytes` of a parameter to `smem`."""
+    return copy_lines("FILL", parameter, nbytes, threads, "ld.global.v4.b32 {Q}, [%g]", "st.shared.v4.b32 [%s], {Q}")
+
+
+def dump_shared(parameter, nbytes, threads):
+    """Lines that copy `nbytes` of `smem` to a parameter."""
+    return copy_lines("DUMP", parameter, nbytes, threads, "ld.shared.v4.b32 {Q}, [%s]", "st.global.v4.b32 [%g], {Q}")
+
+
+def copy_lines(label, parameter, nbytes, threads, load, store):
+    """A loop that moves 16 bytes per thread and step, `load` then `store`."""
+    registers = "{%q0, %q1, %q2, %q3}"
     return [
-        f"    ld.param.u64 %g, [p_{parameter}];", "    mov.u32 %sm, smem;", "    mul.wide.u32 %w, %tx, 16;",
-        "    add.u64 %g, %g, %w;", "    mad.lo.u32 %s, %tx, 16, %sm;", "    mov.u32 %i, %tx;",
-        "FILL:", "    ld.global.v4.b32 {%q0, %q1, %q2, %q3}, [%g];", "    st.shared.v4.b32 [%s], {%q0, %q1, %q2, %q3};",
-        f"    add.u64 %g, %g, {16 * threads};", f"    add.u32 %s, %s, {16 * threads};", f"    add.u32 %i, %i, {threads};",
-        f"    setp.lt.u32 %more, %i, {nbytes // 16};", "    @%more bra FILL;",
-    ]  # fmt: skip
+        f"    ld.param.u64 %g, [p_{parameter}];",
+        "    mul.wide.u32 %w, %tx, 16;",
+        "    add.u64 %g, %g, %w;",
+        "    mov.u32 %sm, smem;",
+        "    mad.lo.u32 %s, %tx, 16, %sm;",
+        "    mov.u32 %i, %tx;",
+        f"{label}:",
+        f"    setp.ge.u32 %more, %i, {nbytes // 16};",
+        f"    @%more bra {label}_DONE;",
+        f"    {load.replace('{Q}', registers)};",
+        f"    {store.replace('{Q}', registers)};",
+        f"    add.u64 %g, %g, {16 * threads};",
+        f"    add.u32 %s, %s, {16 * threads};",
+        f"    add.u32 %i, %i, {threads};",
+        f"    bra {label};",
+        f"{label}_DONE:",
+    ]
 
 
 SHARED_REGISTERS = [
@@ -182,18 +204,6 @@ def ldmatrix_form(name, op, verb, count, target):
         lines += [f"    {op} {address}, {registers};", "    bar.sync 0;", *dump_shared(3, 1024, 32)]
     return Form(name, "\n".join([*lines, "    ret;", "}"]), arguments, (3,), group="ldmatrix", target=target,
                 smem_bytes=1024)  # fmt: skip
-
-
-def dump_shared(parameter, nbytes, threads):
-    """Lines that copy `nbytes` of `smem` to a parameter."""
-    return [
-        f"    ld.param.u64 %g, [p_{parameter}];", "    mul.wide.u32 %w, %tx, 16;", "    add.u64 %g, %g, %w;",
-        "    mov.u32 %sm, smem;", "    mad.lo.u32 %s, %tx, 16, %sm;", "    mov.u32 %i, %tx;",
-        "DUMP:", f"    setp.ge.u32 %more, %i, {nbytes // 16};", "    @%more bra DUMPED;",
-        "    ld.shared.v4.b32 {%q0, %q1, %q2, %q3}, [%s];", "    st.global.v4.b32 [%g], {%q0, %q1, %q2, %q3};",
-        f"    add.u64 %g, %g, {16 * threads};", f"    add.u32 %s, %s, {16 * threads};", f"    add.u32 %i, %i, {threads};",
-        "    bra DUMP;", "DUMPED:",
-    ]  # fmt: skip
 
 
 def constants(lbo, sbo, span, base_offset=0):

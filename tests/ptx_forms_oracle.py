@@ -40,9 +40,7 @@ def rounded(kind, exact, approximate, mode, ftz, sat, relu):
     """Bits of a result: `exact` a Fraction or None where only `approximate` (inf, nan, 0) counts."""
     value = approximate
     if exact is not None and exact != 0:
-        value = math.copysign(float(round_to(kind, exact, mode)), exact)
-    elif exact is not None and mode == "rm" and value == 0 and not isinstance(approximate, int):
-        value = approximate
+        value = math.copysign(float(round_to(kind, exact, mode)), 1 if exact > 0 else -1)
     value = flushed(kind, value, ftz)
     if sat:
         value = 0.0 if math.isnan(value) or value <= 0 else min(value, 1.0)
@@ -62,7 +60,7 @@ def arithmetic(kind, function, mode="rn", ftz=False, sat=False, relu=False):
             exact = function(*(Fraction(v) for v in values)) if finite else None
             with np.errstate(all="ignore"):
                 plain = float(function(*(np.float64(v) for v in values)))
-            if exact == 0 and mode == "rm" and not _positive_zero(function, values):
+            if exact == 0 and mode == "rm" and not _same_sign(function, values):
                 plain = -0.0
             out[i] = rounded(kind, exact, plain, mode, ftz, sat, relu)
         return [out]
@@ -70,14 +68,17 @@ def arithmetic(kind, function, mode="rn", ftz=False, sat=False, relu=False):
     return oracle
 
 
-def _positive_zero(function, values):
-    """Whether an exactly zero result is +0 even when rounding down: all its terms are +0."""
-    flipped = [np.float64(v) for v in values]
-    plain = function(*flipped)
-    terms = function.__name__ == "<lambda>" and len(values) == 2 and function(2, 3) == 6
-    if terms:  # a product: the sign rule does not depend on the mode
-        return not np.signbit(plain)
-    return not np.signbit(plain) and all(v == 0 and not np.signbit(v) for v in values)
+def _same_sign(function, values):
+    """Whether the terms of an exactly zero result agree in sign: it has that sign in every mode.
+
+    The zeros of opposite signs add to -0 when rounding down; an exact zero of a product never does.
+    """
+    x = values[0] if len(values) == 2 else values[0] * values[1]
+    y = values[-1]
+    if function(2, 3) == 6:  # a product
+        return True
+    minus = function(2, 3) == -1  # a difference
+    return (math.copysign(1, x) == math.copysign(1, y)) != minus
 
 
 def integers(kind, bits):
@@ -87,12 +88,8 @@ def integers(kind, bits):
     return [int(b) - (wrap if int(b) >> (width - 1) else 0) for b in bits]
 
 
-def whole(result, kinds, function, keep=None):
-    """Oracle of an integer instruction: `function` on Python ints, wrapped to `result`.
-
-    `keep` marks operands for which the manual defines the result; elsewhere the oracle is masked
-    out by returning None for the element's comparison.
-    """
+def whole(result, kinds, function):
+    """Oracle of an integer instruction: `function` on Python ints, wrapped to `result`."""
 
     def oracle(*raw):
         columns = [integers(k, r) for k, r in zip(kinds, raw, strict=True)]

@@ -8,6 +8,7 @@ Source: PTX ISA 8.x, "Floating Point Instructions", "Half Precision Floating Poi
 """
 
 import functools
+import inspect
 
 import numpy as np
 
@@ -17,14 +18,17 @@ from mirage_hello.ptx.emulator.formats import FORMATS, as_register, decode, enco
 
 def _elementwise(function):
     """Lift a function of one element per register to the packed kinds."""
+    count = sum(name in ("a", "b", "c") for name in inspect.signature(function).parameters)
 
     @functools.wraps(function)
-    def lifted(kind, *operands, **options):
+    def lifted(kind, *arguments, **options):
         if not kind.endswith("x2"):
-            return function(kind, *operands, **options)
+            return function(kind, *arguments, **options)
         half = kind[:-2]
-        pairs = [formats.split2(as_register(o, kind), half) for o in operands]
-        low, high = (function(half, *(p[i] for p in pairs), **options) for i in (0, 1))
+        pairs = [formats.split2(as_register(o, kind), half) for o in arguments[:count]]
+        low, high = (
+            function(half, *(p[i] for p in pairs), *arguments[count:], **options) for i in (0, 1)
+        )
         return formats.pack2(low, high, half)
 
     return lifted

@@ -10,7 +10,7 @@ Source: PTX ISA 8.x, "Data Movement and Conversion Instructions: cvt".
 import numpy as np
 
 from mirage_hello.ptx.emulator import formats
-from mirage_hello.ptx.emulator.formats import FORMATS, as_register, decode, encode, register_dtype
+from mirage_hello.ptx.emulator.formats import as_register, decode, encode, register_dtype
 
 _SPLIT32 = np.uint64(32)
 _LOW32 = np.uint64(0xFFFFFFFF)
@@ -44,6 +44,19 @@ def integer_to_integer(dst, src, bits, sat=False):
         low, high = max(low, src_low), min(high, src_high)
         value = np.clip(value, value.dtype.type(low), value.dtype.type(high))
     return value.astype(np.uint64).astype(register_dtype(dst))
+
+
+def pack(dst, a, b, c=None):
+    """cvt.pack.sat.<dst>.s32{.b32} d, a, b{, c}: b saturated in the low bits, a above it.
+
+    Args: dst "s8", "u8", "s16" or "u16"; a, b s32; c whose low half moves to the upper half of d
+    (8-bit destinations; absent for 16-bit ones).
+    Returns: uint32.
+    """
+    width = int(dst[1:])
+    low, high = (integer_to_integer(dst, "s32", v, sat=True).astype(np.uint32) for v in (b, a))
+    out = low | high << np.uint32(width)
+    return out if c is None else out | as_register(c, "b32") << np.uint32(2 * width)
 
 
 def _exact_integer(kind, bits):
@@ -127,8 +140,6 @@ def float_to_float(
         with np.errstate(invalid="ignore"):
             x = _round_to_integer(x, rounding)
         rounding = None
-    if src == "f64" and dst in FORMATS and FORMATS[dst].bits < 64 and dst != "f32":
-        raise ValueError(f"cvt: no conversion from f64 to {dst}; convert to f32 first")
     out = encode(dst, x, rounding or "rn", satfinite=satfinite, relu=relu)
     if ftz and dst == "f32":
         out = formats.flush("f32", out)
