@@ -1,0 +1,331 @@
+"""group_norm: y = (x - mean_g) / sqrt(var_g + eps) * weight_c + bias_c.  group_norm_silu: silu(y).
+
+The mean and the (biased) variance run over the C / groups channels and all pixels of one image.
+x is [B, C, *spatial], channels_last or contiguous; the result has its layout.
+group_norm_plan.py chooses between one pass over x (it stays on chip in between) and two.
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirage_hello.kernels.call import Call, TensorSpec
+from mirage_hello.kernels.elementwise import CUDA_TYPE, SUFFIX, check_floating
+from mirage_hello.kernels.group_norm_plan import Plan, Shape, plan
+from mirage_hello.kernels.kernel import FLOATS, Kernel
+from mirage_hello.kernels.registry import Op, define, register
+from mirage_hello.ptx import loader
+from mirage_hello.reference import normalization as reference
+
+MAX_GRID_YZ = 65535
+MAX_PIXELS = 2**31 - 2**20  # 32-bit pixel indices, with room for the last chunk
+# Divisions by multiplication: channel = index * magic >> shift (see the PTX headers).
+NHWC_SHIFT, NCHW_SHIFT = 31, 48
+
+
+# Checks
+
+
+def check(op: str, values: Mapping[str, Any]) -> None:
+    x, groups = values["x"], values["groups"]
+    check_floating(op, "x", x)
+    if x.dim < 2:
+        raise ValueError(f"{op}: x must be [B, C, *spatial] (got {tuple(x.shape)}); unsqueeze it")
+    channels = x.shape[1]
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"{op}: groups must be an int (got {type(groups).__name__})")
+    if groups < 1 or channels % groups:
+        raise ValueError(
+            f"{op}: C must be a multiple of groups (got C={channels}, groups={groups}); "
+            "pad C or choose another groups"
+        )
+    for name in ("weight", "bias"):
+        t = values[name]
+        if t is not None and tuple(t.shape) != (channels,):
+            raise ValueError(
+                f"{op}: {name} must be [{channels}], one value per channel of x "
+                f"(got {tuple(t.shape)})"
+            )
+        if t is not None and not t.dtype.is_floating_point:
+            raise TypeError(f"{op}: {name} must be floating (got {t.dtype}); use .to(x.dtype)")
+    if not values["eps"] >= 0:
+        raise ValueError(f"{op}: eps must not be negative (got {values['eps']})")
+
+
+def is_channels_last(x: TensorSpec | Tensor) -> bool:
+    """Channels next to each other and pixels without gaps, whatever the number of dimensions."""
+    channels = x.shape[1]
+    strides, expected = [], channels
+    for size in reversed(x.shape[2:]):
+        strides.insert(0, expected)
+        expected *= size
+    want = (expected, 1, *strides)
+    stride = x.stride() if isinstance(x, Tensor) else x.stride
+    return all(s == w for size, s, w in zip(x.shape, stride, want, strict=True) if size != 1)
+
+
+def supports(call: Call) -> str | None:
+    """Why the hand-written kernels cannot take the call, or None."""
+    x = call.args["x"]
+    if x.numel == 0:
+        return None
+    if not (is_channels_last(x) or x.is_contiguous):
+        return f"needs x channels_last or contiguous (got strides {x.stride}); .contiguous()"
+    for name in ("weight", "bias"):
+        t = call.args[name]
+        if t is not None and (t.dtype != x.dtype or t.stride != (1,)):
+            return f"needs {name} contiguous in x's dtype (got {t.dtype}, strides {t.stride})"
+    if x.shape[0] > MAX_GRID_YZ or call.args["groups"] > MAX_GRID_YZ:
+        return f"takes at most {MAX_GRID_YZ} images and groups (got {x.shape[0]} images)"
+    pixels = math.prod(x.shape[2:])
+    if pixels >= MAX_PIXELS:
+        return f"takes at most {MAX_PIXELS} pixels an image (got {pixels})"
+    aligned = all(t.aligned16 for t in call.tensors.values())
+    access_bytes = 16 if aligned else x.dtype.itemsize
+    if plan(shape_of(x, call.args["groups"], access_bytes, clusters=False)) is None:
+        width = x.shape[1] // call.args["groups"]
+        return f"takes groups of at most 1024 vectors of channels (got {width} channels a group)"
+    return None
+
+
+def shape_of(x: Any, groups: int, access_bytes: int, clusters: bool, sms: int = 132) -> Shape:
+    channels_last = is_channels_last(x)
+    pixels = math.prod(x.shape[2:])
+    size = x.dtype.itemsize
+    return Shape(
+        x.shape[0], x.shape[1], pixels, groups, size, channels_last, access_bytes, clusters, sms
+    )
+
+
+def access_bytes_of(*tensors: Tensor | None) -> int:
+    """The widest access, up to 16 bytes, that every pointer allows."""
+    low_bits = 16
+    for t in tensors:
+        if t is not None:
+            low_bits |= t.data_ptr()
+    return low_bits & -low_bits
+
+
+# PTX and CUDA C++: the same plans and launches, since their entries have the same parameters
+
+
+def planned(op: str, program_of: Callable[..., loader.Program]) -> Callable[..., Tensor]:
+    """`op` by the kernels of program_of(op, shape, plan, dtype)."""
+
+    def run(
+        x: Tensor,
+        groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        out = torch.empty_like(x)
+        if x.numel() == 0:
+            return out
+        clusters, sms = device_limits(x.get_device())
+        shape = shape_of(x, groups, access_bytes_of(x, out, weight, bias), clusters, sms)
+        chosen = plan(shape)
+        assert chosen is not None, "supports() refuses shapes without a plan"
+        launch(program_of, op, shape, chosen, (x, weight, bias, out), eps)
+        return out
+
+    run.__name__ = op
+    return run
+
+
+_limits: dict[int, tuple[bool, int]] = {-1: (False, 132)}
+
+
+def device_limits(device: int) -> tuple[bool, int]:
+    """(has thread block clusters, multiprocessors); -1 is the CPU, where the emulator runs."""
+    found = _limits.get(device)
+    if found is None:
+        properties = torch.cuda.get_device_properties(device)
+        found = _limits[device] = (properties.major >= 9, properties.multi_processor_count)
+    return found
+
+
+def ptx_program(op: str, shape: Shape, p: Plan, dtype: torch.dtype) -> loader.Program:
+    activation = "silu" if op == "group_norm_silu" else "none"
+    if activation == "silu" and dtype == torch.bfloat16:
+        activation = "silu_tanh"
+    variables: dict[str, Any] = {"op": op, "dtype": SUFFIX[dtype], "ACTIVATION": activation}
+    variables |= {"E": p.elements, "VECS": p.vecs, "THREADS": p.threads}
+    variables |= {"REGISTERS": min(255, 65536 // p.threads // 8 * 8)}
+    variables |= {"S": p.segment} if shape.channels_last else {}
+    variables |= {"CLUSTER": p.cluster} if p.passes == 1 else {}
+    return loader.program(f"group_norm_{layout(shape)}{'_two_pass' * (p.passes == 2)}", **variables)
+
+
+def cuda_program(op: str, shape: Shape, p: Plan, dtype: torch.dtype) -> loader.Program:
+    numbers = {"E": p.elements, "S": p.segment, "VECS": p.vecs, "CLUSTER": p.cluster}
+    numbers |= {"THREADS": p.threads, "PASSES": p.passes, "SILU": int(op == "group_norm_silu")}
+    names = {"ELEMENT": CUDA_TYPE[dtype], "SUFFIX": SUFFIX[dtype], "OP": op}
+    return loader.cuda_program("group_norm", names | {k: str(v) for k, v in numbers.items()})
+
+
+def layout(shape: Shape) -> str:
+    return "nhwc" if shape.channels_last else "nchw"
+
+
+Tensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor]  # x, weight, bias, out
+
+
+def launch(
+    program_of: Callable[..., loader.Program],
+    op: str,
+    shape: Shape,
+    p: Plan,
+    tensors: Tensors,
+    eps: float,
+) -> None:
+    """Launch plan `p`."""
+    dtype = tensors[0].dtype
+    program = program_of(op, shape, p, dtype)
+    passes = one_pass if p.passes == 1 else two_passes
+    passes(program, f"{op}_{layout(shape)}", SUFFIX[dtype], shape, p, tensors, eps)
+
+
+def one_pass(
+    program: loader.Program,
+    name: str,
+    suffix: str,
+    shape: Shape,
+    p: Plan,
+    tensors: Tensors,
+    eps: float,
+) -> None:
+    units, width = p.block_units(shape), shape.group_channels
+    grid = (p.cluster, shape.groups // p.slab_groups, shape.images)
+    scalars: tuple[int, ...]
+    if shape.channels_last:
+        block, smem_bytes = (p.columns, p.lanes, 1), p.smem_bytes(shape)
+        scalars = (shape.channels, shape.pixels, units, p.slab_groups, width, nhwc_magic(width))
+    else:
+        block, smem_bytes = (p.lanes, 1, 1), 0
+        vectors = width * shape.pixels // p.elements
+        scalars = (nchw_magic(shape, p), vectors, units, shape.groups, width)
+    program.launch(f"{name}_{suffix}", grid, block, (*tensors, *scalars, eps), smem_bytes)
+
+
+def two_passes(
+    program: loader.Program,
+    name: str,
+    suffix: str,
+    shape: Shape,
+    p: Plan,
+    tensors: Tensors,
+    eps: float,
+) -> None:
+    x, weight, bias, out = tensors
+    width = shape.group_channels
+    partial = x.new_empty(shape.images * shape.groups * p.slices * 2, dtype=torch.float32)
+    samples = x.new_empty(shape.images * p.slices, dtype=torch.float32)
+    grid = (p.slices, shape.groups // p.slab_groups, shape.images)
+    sizes: tuple[int, ...]
+    scalars: tuple[float, ...]
+    if shape.channels_last:
+        block, smem_bytes = (p.columns, p.lanes, 1), p.smem_bytes(shape)
+        magic = nhwc_magic(width)
+        sizes = (shape.channels, shape.pixels, shape.groups, p.slab_groups, width, magic)
+        scalars = (p.slices, eps, *sizes)
+    else:
+        block, smem_bytes = (p.lanes, 1, 1), 0
+        sizes = (width * shape.pixels // p.elements,)
+        scalars = (nchw_magic(shape, p), p.slices, width, eps, *sizes)
+    first = (x, partial, samples, *sizes)
+    program.launch(f"{name}_statistics_{suffix}", grid, block, first, smem_bytes)
+    # Twice the blocks: the second kernel waits for memory in both directions.
+    grid = (2 * p.slices, *grid[1:])
+    second = (x, partial, samples, weight, bias, out, *scalars)
+    program.launch(f"{name}_apply_{suffix}", grid, block, second, smem_bytes)
+
+
+def nhwc_magic(group_channels: int) -> int:
+    return -(-(1 << NHWC_SHIFT) // group_channels)
+
+
+def nchw_magic(shape: Shape, p: Plan) -> int:
+    return -(-(1 << NCHW_SHIFT) // (shape.pixels // p.elements))
+
+
+# torch and triton
+
+
+def group_norm_torch(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    y = torch.group_norm(x, groups, weight, bias, eps)  # without F.group_norm's batch-size check
+    return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+
+
+def group_norm_silu_torch(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return torch.nn.functional.silu(group_norm_torch(x, groups, weight, bias, eps))
+
+
+def triton(op: str) -> Callable[..., Tensor]:
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        module = importlib.import_module("mirage_hello.kernels.triton.group_norm")
+        return getattr(module, op)(*args, **kwargs)
+
+    return run
+
+
+# Contracts and registrations
+
+
+def samples(device: torch.device, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
+    """Both layouts, groups of odd width, no weight, a mean far from 0."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    last = randn(2, 40, 9, 7).to(memory_format=torch.channels_last)
+    return [
+        ((last, 4, randn(40), randn(40)), {}),
+        ((randn(2, 12, 8, 8), 4, randn(12), randn(12)), {}),
+        ((randn(1, 6, 35) + 30, 3), {"eps": 1e-6}),
+    ]
+
+
+TORCH_OF = {"group_norm": group_norm_torch, "group_norm_silu": group_norm_silu_torch}
+for _op, _torch in TORCH_OF.items():
+
+    def _check(values: Mapping[str, Any], op: str = _op) -> None:
+        check(op, values)
+
+    define(Op(_op, getattr(reference, _op), _check, samples))
+    register(
+        Kernel(
+            _op,
+            "torch",
+            _torch,
+            devices=("cpu", "cuda"),
+            dtypes=(*FLOATS, torch.float64),
+            differentiable=True,
+        )
+    )
+    register(Kernel(_op, "triton", triton(_op), source="kernels/triton/group_norm.py"))
+    for _backend, _program, _source in (
+        ("ptx", ptx_program, "ptx/group_norm_nhwc.ptx.j2"),
+        ("cuda", cuda_program, "kernels/cuda/group_norm.cu"),
+    ):
+        register(
+            Kernel(_op, _backend, planned(_op, _program), supports, source=_source, arch="sm_80")
+        )
