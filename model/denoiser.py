@@ -120,7 +120,8 @@ class Denoiser(nn.Module):
         """Noise levels of a sampler with `steps` steps: steps + 1 values, the last 0.
 
         strength in (0, 1] lowers where it starts. edm: Karras et al. 2022, equation 5, over the
-        range [sigma_min, sigma(strength)]; eps: evenly spaced training steps below strength * 999.
+        range [sigma_min, sigma(strength)], with the step from sigma_min to 0 left out: at sigma_min
+        D is the identity, and of two steps one would be lost; eps: evenly spaced training steps below strength * 999.
         """
         if steps < 1:
             raise ValueError(f"sigmas: steps must be at least 1 (got {steps})")
@@ -133,7 +134,7 @@ class Denoiser(nn.Module):
         rho = self.config.rho
         low, high = self.config.sigma_min ** (1 / rho), self.config.sigma_max ** (1 / rho)
         start = low + strength * (high - low)
-        ramp = [start + (low - start) * i / max(steps - 1, 1) for i in range(steps)]
+        ramp = [start + (low - start) * i / steps for i in range(steps)]
         return [r**rho for r in ramp] + [0.0]
 
 

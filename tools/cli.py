@@ -32,6 +32,8 @@ COMMANDS = {
     ),
     "env": ("mirage_hello.tools.env", "this machine, and which backends work on it"),
     "demo": ("mirage_hello.tools.demo", "the whole path on one clip: run, parity, speed, report"),
+    "train": ("mirage_hello.tools.train", "train a model on rendered worlds or on your clips"),
+    "eval": ("mirage_hello.tools.eval", "closed-loop quality of a model over thousands of frames"),
     "ptx": ("mirage_hello.tools.ptx", "run, check or count a PTX file without a GPU"),
 }
 
