@@ -153,7 +153,7 @@ def _streams(
 def _compiled_stream(models: Models, steps: int) -> FrameStream:
     """The torch backend with its three networks compiled; compiled once for every `steps`."""
     denoiser, autoencoder = models.compiled
-    for module, method in ((denoiser, "forward"), (autoencoder, "encode"), (autoencoder, "decode")):
+    for module, method in ((denoiser, "denoise"), (autoencoder, "encode"), (autoencoder, "decode")):
         if method not in vars(module):
             compiled = torch.compile(getattr(module, method), fullgraph=True, dynamic=False)
             setattr(module, method, compiled)

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mirage_hello.kernels import forget_choices, ops, use
 from mirage_hello.kernels.parity import exact_float32, in_float64, judge
-from mirage_hello.model import build, preset
+from mirage_hello.model import build
 
 from . import peers
 from .case import Draw
@@ -194,7 +194,7 @@ def _unet_inputs(config: Any, options: Options, dtype: torch.dtype) -> tuple[Ten
     height, width = (side // FACTOR for side in options.size)
     draw = Draw(options.device, torch.float32, options.seed)
     x = draw.image(1, config.in_channels, height, width)
-    context = draw.normal(1, preset(options.preset).tokens, config.context_dim)
+    context = draw.normal(1, config.context_tokens, config.context_dim)
     level = torch.tensor([0.05], device=options.device)
     timesteps = torch.tensor([601.0], device=options.device)
     return x.to(dtype), timesteps, context.to(dtype), level

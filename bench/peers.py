@@ -23,8 +23,8 @@ from .case import Case
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """SDPA wants [B, H, N, D]: transposed views, no copies."""
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 def conv2d(x, weight, bias=None, stride=1, padding=0, channel_bias=None, residual=None) -> Tensor:

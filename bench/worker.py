@@ -12,6 +12,7 @@ import functools
 import json
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,12 @@ def _measured(unit: model.Unit, name: str, options: Options, journal: Journal) -
         torch.cuda.empty_cache()
         reason = f"out of device memory: {str(error).splitlines()[0]}"
         return Outcome(skipped=[{**unit.where, "reason": reason}])
+    except Exception as error:  # whatever a case raises costs that case alone
+        if options.device == "cuda":
+            torch.cuda.synchronize()  # raises when the context is lost: the process must end
+        traceback.print_exc()
+        reason = f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return Outcome(failures=[{**unit.where, "kernel": unit.where["op"], "reason": reason}])
 
 
 def add(run: results.Run, measured: Outcome, out: Path) -> None:

@@ -8,7 +8,6 @@ A choice is made once per call signature (shapes, strides, dtypes, devices, 16-b
 integer options, gradient mode, policy) and cached; later calls cost one dictionary lookup.
 """
 
-import functools
 import inspect
 import logging
 import threading
@@ -52,6 +51,8 @@ class Op:
     ) -> None:
         self.name, self.reference, self.check, self.samples = name, reference, check, samples
         self.kernels: list[Kernel] = []
+        # Set by `register`; a plain attribute, which torch.compile can trace.
+        self.torch_kernel: Kernel
         self.__doc__ = reference.__doc__
         self.__name__ = name
         self.__signature__ = inspect.signature(reference)
@@ -86,10 +87,6 @@ class Op:
             else:
                 key.append(float if type(value) is float else value)
         return tuple(key)
-
-    @functools.cached_property
-    def torch_kernel(self) -> Kernel:
-        return next(k for k in self.kernels if k.backend == "torch")
 
     def describe(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """The call's specification. Raises what `check` raises; ValueError for mixed devices."""
@@ -207,6 +204,8 @@ def register(kernel: Kernel) -> Kernel:
     if any(k.name == kernel.name for k in op.kernels):
         raise ValueError(f"kernel {kernel.name} is registered already")
     op.kernels.append(kernel)
+    if kernel.backend == "torch":
+        op.torch_kernel = kernel
     if kernel.backend == "ptx":
         op.kernels.append(replace(kernel, backend="ptx-emulated", devices=("cpu",)))
     forget_choices()
