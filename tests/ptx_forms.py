@@ -76,7 +76,10 @@ class Map:
 
 @dataclass(frozen=True)
 class Form:
-    """One kernel: `arguments` are arrays; those at `outputs` are compared after the launch."""
+    """One kernel: `arguments` are arrays; those at `outputs` are compared after the launch.
+
+    Parameters in order: `maps`, a pointer per array, `scalars`.
+    """
 
     name: str
     body: str  # the entry function, with {entry} for its name
@@ -86,6 +89,7 @@ class Form:
     block: tuple = (32, 1, 1)
     smem_bytes: int = 0
     maps: tuple = ()
+    scalars: tuple = ()
     tolerance: Tolerance = BITS
     oracle: Callable | None = field(default=None, compare=False)
     group: str = ""
@@ -103,7 +107,8 @@ class Form:
     def digest(self):
         """Changes when the kernel or its inputs change, so that a stale fixture is noticed."""
         inputs = b"".join(np.ascontiguousarray(a).tobytes() for a in self.arguments())
-        return hashlib.sha256(self.text.encode() + inputs).hexdigest()[:16]
+        text = " ".join(self.text.split())
+        return hashlib.sha256(text.encode() + inputs).hexdigest()[:16]
 
 
 def header(target, version):
@@ -237,7 +242,9 @@ def run(form, program, device):
             flat = flat.view(np.uint8)
         tensors.append(torch.from_numpy(flat.copy()).to(device))
     maps = [m.make(tensors[m.argument]) for m in form.maps]
-    program.launch(form.entry, form.grid, form.block, [*maps, *tensors], form.smem_bytes)
+    program.launch(
+        form.entry, form.grid, form.block, [*maps, *tensors, *form.scalars], form.smem_bytes
+    )
     out = []
     for i in form.outputs:
         host = tensors[i].cpu().numpy()

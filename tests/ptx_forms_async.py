@@ -98,7 +98,11 @@ def coordinate_text(coordinates):
 
 
 def map_address(index=0):
-    return [f"    mov.b64 %map, p_map{index};", "    cvta.param.u64 %map, %map;"]
+    return [
+        f"    mov.b64 %map, p_map{index};",
+        "    cvta.param.u64 %map, %map;",
+        "    prefetch.tensormap [%map];",
+    ]
 
 
 def tiled_forms():
@@ -350,6 +354,31 @@ def cluster_forms():
     yield bulk_form("st.shared::cluster to the next block", [
         *rank, *mine, *wait, "    mapa.shared::cluster.u32 %remote, %s, %t1;", "    st.shared::cluster.u32 [%remote], %q0;",
         *wait, "    ld.shared.u32 %t3, [%s];", *out], **common)  # fmt: skip
+    pair = ["    mul.wide.u32 %w, %t2, 8;", "    ld.param.u64 %g, [p_0];", "    add.u64 %g, %g, %w;",
+            "    ld.global.v2.f32 {%v0, %v1}, [%g];", "    mad.lo.u32 %s, %tx, 8, %sm;"]  # fmt: skip
+    out2 = [
+        "    ld.param.u64 %g, [p_1];",
+        "    add.u64 %g, %g, %w;",
+        "    st.global.v2.f32 [%g], {%v0, %v1};",
+    ]
+    relaxed = [
+        "    barrier.cluster.arrive.relaxed.aligned;",
+        "    barrier.cluster.wait.acquire.aligned;",
+    ]
+    plain = ["    barrier.cluster.arrive;", "    barrier.cluster.wait;"]
+    wide = {**common, "nbytes": 4096, "kind": "f32"}
+    yield bulk_form("ld.shared::cluster.v2.f32", [
+        "    .reg .f32 %v<2>;", *rank, *mine, *pair, "    st.shared.v2.f32 [%s], {%v0, %v1};", *plain,
+        "    mapa.shared::cluster.u32 %remote, %s, %t1;", "    ld.shared::cluster.v2.f32 {%v0, %v1}, [%remote];",
+        *out2, "    barrier.cluster.arrive.relaxed;", "    barrier.cluster.wait;"], **wide)  # fmt: skip
+    yield bulk_form("st.shared::cluster.v2.f32", [
+        "    .reg .f32 %v<2>;", *rank, *mine, *pair, *relaxed, "    mapa.shared::cluster.u32 %remote, %s, %t1;",
+        "    st.shared::cluster.v2.f32 [%remote], {%v0, %v1};", *plain, "    ld.shared.v2.f32 {%v0, %v1}, [%s];",
+        *out2], **wide)  # fmt: skip
+    yield bulk_form("mbarrier.arrive.shared::cluster", [
+        *rank, *mine, *init_barrier(128), *wait, "    mapa.shared::cluster.u32 %remote, %bar, %t1;",
+        "    mbarrier.arrive.shared::cluster.b64 _, [%remote];", *wait_barrier(),
+        "    mov.b32 %t3, %q0;", *out, *wait], **common)  # fmt: skip
     yield bulk_form("atom.shared::cluster at block 0", [
         *rank, *mine, "    st.shared.u32 [%s], 0;", *wait, "    mapa.shared::cluster.u32 %remote, %s, 0;",
         "    atom.shared::cluster.add.u32 %t3, [%remote], %q0;", *wait, "    ld.shared.u32 %t3, [%s];", *out],

@@ -129,12 +129,26 @@ def mma_form(name, op, kinds, registers, k, style):
 
 def fill_shared(parameter, nbytes, threads):
     """Lines that copy `nbytes` of a parameter to `smem`."""
-    return copy_lines("FILL", parameter, nbytes, threads, "ld.global.v4.b32 {Q}, [%g]", "st.shared.v4.b32 [%s], {Q}")
+    return copy_lines(
+        "FILL",
+        parameter,
+        nbytes,
+        threads,
+        "ld.global.v4.b32 {Q}, [%g]",
+        "st.shared.v4.b32 [%s], {Q}",
+    )
 
 
 def dump_shared(parameter, nbytes, threads):
     """Lines that copy `nbytes` of `smem` to a parameter."""
-    return copy_lines("DUMP", parameter, nbytes, threads, "ld.shared.v4.b32 {Q}, [%s]", "st.global.v4.b32 [%g], {Q}")
+    return copy_lines(
+        "DUMP",
+        parameter,
+        nbytes,
+        threads,
+        "ld.shared.v4.b32 {Q}, [%s]",
+        "st.global.v4.b32 [%g], {Q}",
+    )
 
 
 def copy_lines(label, parameter, nbytes, threads, load, store):
@@ -298,7 +312,7 @@ def wgmma_forms():
         yield wgmma(
             f"wgmma {'.'.join(triple)} n64 A in registers", triple, 64, registers=True, **options
         )
-    for n in (8, 16, 24, 40, 80, 128, 160, 256):
+    for n in (8, 16, 24, 40, 80, 96, 112, 128, 160, 176, 256):
         yield wgmma(f"wgmma bf16 n{n} K-major", bf16, n, group="wgmma_n")
         yield wgmma(
             f"wgmma bf16 n{n} B MN-major", bf16, n, trans=(0, 1), registers=True, group="wgmma_n"
@@ -331,6 +345,21 @@ def wgmma_options(bf16):
     yield wgmma("wgmma K step in 64-byte rows", bf16, 32, span=64, start=(32, 32), **options)
 
 
+def setmaxnreg_form():
+    """Two warpgroups: one gives registers up, the other takes them."""
+    name = "setmaxnreg.inc, dec"
+    body = "\n".join([
+        f".visible .entry {{entry}}({parameters(2)})", ".reqntid 256, 1, 1", ".minnctapersm 1", "{",
+        "    .reg .b32 %tx, %a<1>;", "    .reg .b64 %g, %lane4;", "    .reg .pred %first;", "    mov.u32 %tx, %tid.x;",
+        "    mul.wide.u32 %lane4, %tx, 4;", *load_registers("a", 1, 0, 256), "    setp.lt.u32 %first, %tx, 128;",
+        "    @%first bra GIVE;", "    setmaxnreg.inc.sync.aligned.u32 240;", "    add.u32 %a0, %a0, 7;", "    bra JOINED;",
+        "GIVE:", "    setmaxnreg.dec.sync.aligned.u32 40;", "    add.u32 %a0, %a0, 3;", "JOINED:",
+        *store_registers("a", 1, 1, 256), "    ret;", "}"])  # fmt: skip
+    values = np.arange(256, dtype=np.uint32) * np.uint32(2654435761)
+    return Form(name, body, lambda: [values, np.zeros(256, np.uint32)], (1,), block=(256, 1, 1),
+                group="wgmma_options", target="sm_90a")  # fmt: skip
+
+
 def unaligned_patterns():
     """B tiles that start `rows` rows into a swizzle pattern, with and without the base offset."""
     for span in (32, 64, 128):
@@ -347,4 +376,5 @@ def forms():
     yield from ldmatrix_forms()
     yield from mma_forms()
     yield from wgmma_forms()
+    yield setmaxnreg_form()
     yield from unaligned_patterns()

@@ -73,8 +73,9 @@ def _same_sign(function, values):
 
     The zeros of opposite signs add to -0 when rounding down; an exact zero of a product never does.
     """
-    x = values[0] if len(values) == 2 else values[0] * values[1]
-    y = values[-1]
+    if len(values) == 3:
+        return math.copysign(1, values[0] * values[1]) == math.copysign(1, values[2])
+    x, y = values
     if function(2, 3) == 6:  # a product
         return True
     minus = function(2, 3) == -1  # a difference

@@ -54,7 +54,15 @@ def f32_arithmetic():
             yield scalar(f"{op}{suffix}.f32", ["f32"], ["f32"], group=group)
     yield scalar("copysign.f32", ["f32"], ["f32"] * 2, group=group)
     for op in ("min", "max"):
-        for suffix in ("", ".ftz", ".NaN", ".ftz.NaN", ".xorsign.abs", ".NaN.xorsign.abs"):
+        for suffix in (
+            "",
+            ".ftz",
+            ".NaN",
+            ".ftz.NaN",
+            ".NaN.ftz",
+            ".xorsign.abs",
+            ".NaN.xorsign.abs",
+        ):
             target = "sm_86" if "xorsign" in suffix else "sm_80"
             yield scalar(f"{op}{suffix}.f32", ["f32"], ["f32"] * 2, group=group, target=target)
 
@@ -209,6 +217,20 @@ def comparisons():
         yield scalar(f"setp.lt.{join}.s32", ["pred"] * 2, ["s32", "s32", "u16"],
                      text.replace("%a2, 0", "%t6, 0").replace("setp.ne", "cvt.u32.u16 %t6, %a2; setp.ne"),
                      group=group)  # fmt: skip
+    for op, kind in (
+        ("eq.and", "u32"),
+        ("gt.and", "u32"),
+        ("ne.or", "u32"),
+        ("ge.or", "u64"),
+        ("geu.or", "f32"),
+    ):
+        yield scalar(
+            f"setp.{op}.{kind}",
+            ["pred"],
+            [kind, kind, "u32"],
+            group=group,
+            instructions=(f"setp.gt.u32 %p0, %a2, 999; setp.{op}.{kind} %d0, %a0, %a1, %p0;"),
+        )
     yield scalar("setp.lt.and.u32 negated", ["pred"], ["u32"] * 2, group=group,
                  instructions="setp.gt.u32 %p0, %a0, 77; setp.lt.and.u32 %d0, %a0, %a1, !%p0;")  # fmt: skip
     for op in ("and", "or", "xor"):

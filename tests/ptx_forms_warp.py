@@ -192,6 +192,13 @@ def barriers():
     for op in ("and", "or"):
         yield scalar(f"bar.red.{op}.pred", ["pred"], ["u32"], **options,
                      instructions=f"setp.gt.u32 %p0, %a0, 999; bar.red.{op}.pred %d0, 0, %p0;")  # fmt: skip
+    yield scalar(
+        "barrier.red.or.pred",
+        ["pred"],
+        ["u32"],
+        **options,
+        instructions="setp.gt.u32 %p0, %a0, 99999; barrier.red.or.pred %d0, 1, 256, %p0;",
+    )
     yield scalar("bar.red.popc.u32", ["b32"], ["u32"], **options,
                  instructions="setp.gt.u32 %p0, %a0, 999; bar.red.popc.u32 %d0, 0, %p0;")  # fmt: skip
 
@@ -209,7 +216,8 @@ LOADS = (
     ("ld.global.cg.v2.b32", 2, "b32"), ("ld.global.L2::128B.b32", 1, "b32"), ("ld.global.lu.b32", 1, "b32"),
     ("ld.volatile.global.b32", 1, "b32"), ("ld.relaxed.gpu.global.b32", 1, "b32"),
     ("ld.acquire.gpu.global.b32", 1, "b32"), ("ld.global.nc.L2::256B.v2.f32", 2, "f32"),
-    ("ld.b32", 1, "b32"), ("ld.v4.b32", 4, "b32"),
+    ("ld.b32", 1, "b32"), ("ld.v4.b32", 4, "b32"), ("ld.global.nc.f32", 1, "f32"), ("ld.global.v2.f32", 2, "f32"),
+    ("ld.global.nc.v2.b32", 2, "b32"), ("ld.global.nc.v2.f32", 2, "f32"), ("ld.global.nc.v4.b32", 4, "b32"),
 )  # fmt: skip
 
 
@@ -222,12 +230,13 @@ def vector(letter, count):
     return names if count == 1 else "{" + names + "}"
 
 
-def move_body(load, store, count, kind, load_bytes, store_bytes, through=""):
+def move_body(load, store, count, kind, load_bytes, store_bytes, through="", scalars=()):
     """Each of 64 threads loads `count` elements from p_0 and stores the registers to p_1."""
     declared = {"f32": ".f32", "f64": ".f64"}.get(kind, f".{kind}")
+    extra = ", .param .u32 p_2, .param .f32 p_3" if scalars else ""
     return "\n".join([
-        f".visible .entry {{entry}}({parameters(2)})", "{",
-        f"    .reg {declared} %v<4>;", "    .reg .b32 %i, %t<8>;", "    .reg .b64 %g, %o, %w, %x;",
+        f".visible .entry {{entry}}({parameters(2)}{extra})", "{",
+        f"    .reg {declared} %v<4>;", "    .reg .f32 %f;", "    .reg .b32 %i, %t<8>;", "    .reg .b64 %g, %o, %w, %x;",
         "    mov.u32 %i, %tid.x;", "    ld.param.u64 %g, [p_0];", "    ld.param.u64 %o, [p_1];",
         f"    mul.wide.u32 %w, %i, {load_bytes};", "    add.u64 %g, %g, %w;",
         f"    mul.wide.u32 %w, %i, {store_bytes};", "    add.u64 %o, %o, %w;",
@@ -235,16 +244,18 @@ def move_body(load, store, count, kind, load_bytes, store_bytes, through=""):
         f"    {store} [%o], {vector('v', count)};", "    ret;", "}"])  # fmt: skip
 
 
-def move(name, load, store, count, kind, through="", **options):
+def move(name, load, store, count, kind, through="", store_bytes=None, **options):
     size = int(kind[1:]) // 8 if kind[0] == "b" else {"f32": 4, "f64": 8}[kind]
-    load_bytes, store_bytes = count * element_bytes(load), count * size
+    load_bytes, store_bytes = count * element_bytes(load), store_bytes or count * size
 
     def arguments():
         rng = np.random.default_rng(seed_of(name))
         data = rng.integers(0, 256, 64 * load_bytes).astype(np.uint8)
         return [data, np.zeros(64 * store_bytes, np.uint8)]
 
-    body = move_body(load, store, count, kind, load_bytes, store_bytes, through)
+    body = move_body(
+        load, store, count, kind, load_bytes, store_bytes, through, options.get("scalars")
+    )
     return Form(name, body, arguments, (1,), block=(64, 1, 1), **{"group": "memory", **options})
 
 
@@ -262,14 +273,22 @@ def loads_and_stores():
         ("shared", ".shared .align 16 .b8 cell_{n}[2048];"),
         ("local", ".local .align 16 .b8 cell_{n}[16];"),
     ):
-        for count, kind in ((1, "b16"), (1, "b32"), (2, "b32"), (4, "b32"), (2, "b64")):
+        for count, kind in (
+            (1, "b16"),
+            (1, "b32"),
+            (2, "b32"),
+            (4, "b32"),
+            (2, "b64"),
+            (2, "f32"),
+            (4, "f32"),
+        ):
             suffix = (f".v{count}" if count > 1 else "") + f".{kind}"
             tag = f"{space}_{count}_{kind}"
             stride = count * int(kind[1:]) // 8 if space == "shared" else 0
             through = "\n".join([
                 f"    {declare.format(n=tag)}", f"    mov.u32 %t0, cell_{tag};", f"    mad.lo.u32 %t0, %i, {stride}, %t0;",
                 f"    st.{space}{suffix} [%t0], {vector('v', count)};",
-                *(f"    mov.{kind} %v{j}, 0;" for j in range(count)),
+                *(f"    mov.{kind} %v{j}, {'0f00000000' if kind == 'f32' else 0};" for j in range(count)),
                 f"    ld.{space}{suffix} {vector('v', count)}, [%t0];"])  # fmt: skip
             yield move(
                 f"st, ld.{space}{suffix}",
@@ -279,6 +298,18 @@ def loads_and_stores():
                 kind,
                 through,
             )
+    yield move("st.global.u8", "ld.global.u8", "st.global.u8", 1, "b32", store_bytes=1)
+    through = """
+    cvta.to.global.u64 %o, %o;
+    ld.param.u32 %t0, [p_2];
+    ld.param.f32 %f, [p_3];
+    mov.b32 %t1, %f;
+    xor.b32 %v0, %v0, %t0;
+    xor.b32 %v0, %v0, %t1;"""
+    scalars = (0x1234567, -2.5)
+    yield move(
+        "cvta, ld.param", "ld.global.b32", "st.global.b32", 1, "b32", through, scalars=scalars
+    )
     yield move(
         "generic address of shared",
         "ld.global.b32",
