@@ -1,4 +1,4 @@
-"""Elementwise ops: silu(x) = x / (1 + exp(-x)), and a x + b y under the names that diffusion gives it.
+"""Elementwise ops: silu(x) = x / (1 + exp(-x)), and a x + b y under its names in diffusion.
 
 residual_add, add_noise, euler_step, ddim_step and guidance are axpby with other coefficients
 (reference/elementwise.py has the formulas), so one hand-written kernel serves all six.
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirage_hello.kernels import checks
 from mirage_hello.kernels.call import Call, TensorSpec
 from mirage_hello.kernels.kernel import FLOATS, Kernel
 from mirage_hello.kernels.registry import Op, define, register
@@ -43,32 +44,19 @@ COMBINATIONS = {
 # Checks
 
 
-def check_floating(op: str, name: str, x: TensorSpec) -> None:
-    """TypeError unless the tensor is floating."""
-    if not x.dtype.is_floating_point:
-        raise TypeError(
-            f"{op}: {name} must be floating (got {x.dtype}); convert it with .to(torch.float32)"
-        )
-
-
 def check_silu(values: Mapping[str, Any]) -> None:
-    check_floating("silu", "x", values["x"])
+    checks.one_floating_dtype("silu", {"x": values["x"]})
 
 
 def check_combination(op: str, values: Mapping[str, Any]) -> None:
     """The two operands alike; each coefficient a number, or float32 [B]."""
     operands, coefficients = COMBINATIONS[op]
     x, y = (values[name] for name in operands)
-    check_floating(op, operands[0], x)
+    checks.one_floating_dtype(op, dict(zip(operands, (x, y), strict=True)))
     if x.shape != y.shape:
         raise ValueError(
-            f"{op}: {operands[0]} and {operands[1]} must have one shape (got {tuple(x.shape)} and "
-            f"{tuple(y.shape)}); expand or crop one of them"
-        )
-    if x.dtype != y.dtype:
-        raise TypeError(
-            f"{op}: {operands[0]} and {operands[1]} must have one dtype (got {x.dtype} and "
-            f"{y.dtype}); convert one of them with .to"
+            f"{op}: {operands[1]} must have {operands[0]}'s shape (got {tuple(y.shape)}, expected "
+            f"{tuple(x.shape)}); expand or crop it"
         )
     for name in coefficients:
         check_coefficient(op, name, values[name], x)
@@ -210,7 +198,7 @@ def combination(op: str, axpby: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def silu_samples(device: torch.device, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
-    shapes = [(2, 3, 5, 7), (1000,), (1,)]
+    shapes = [(2, 3, 5, 7), (1000,)]
     return [((4 * torch.randn(s, device=device, dtype=dtype),), {}) for s in shapes]
 
 

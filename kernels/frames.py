@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirage_hello.kernels import checks
 from mirage_hello.kernels.call import Call
 from mirage_hello.kernels.elementwise import (
     CUDA_TYPE,
     MAX_GRID_Y,
     OTHER_BACKENDS,
     SUFFIX,
-    check_floating,
     imported,
 )
 from mirage_hello.kernels.kernel import FLOATS, Kernel
@@ -48,7 +48,7 @@ def check_frame_to_model(values: Mapping[str, Any]) -> None:
 
 def check_model_to_frame(values: Mapping[str, Any]) -> None:
     x = values["x"]
-    check_floating("model_to_frame", "x", x)
+    checks.one_floating_dtype("model_to_frame", {"x": x})
     if x.dim != 4 or x.shape[1] != CHANNELS:
         raise ValueError(
             f"model_to_frame: x must be [B, 3, H, W] (got {tuple(x.shape)}); permute or expand it"

@@ -1,7 +1,7 @@
 """group_norm: y = (x - mean_g) / sqrt(var_g + eps) * weight_c + bias_c.  group_norm_silu: silu(y).
 
 The mean and the (biased) variance run over the C / groups channels and all pixels of one image.
-x is [B, C, *spatial], channels_last or contiguous; the result has its layout.
+x is [B, C, *spatial], channels_last or contiguous; the result has its layout. Sums in float32.
 group_norm_plan.py chooses between one pass over x (it stays on chip in between) and two.
 """
 
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirage_hello.kernels import checks
 from mirage_hello.kernels.call import Call, TensorSpec
-from mirage_hello.kernels.elementwise import CUDA_TYPE, SUFFIX, check_floating
+from mirage_hello.kernels.elementwise import CUDA_TYPE, SUFFIX
 from mirage_hello.kernels.group_norm_plan import Plan, Shape, plan
 from mirage_hello.kernels.kernel import FLOATS, Kernel
 from mirage_hello.kernels.registry import Op, define, register
@@ -31,29 +32,23 @@ NHWC_SHIFT, NCHW_SHIFT = 31, 48
 
 
 def check(op: str, values: Mapping[str, Any]) -> None:
-    x, groups = values["x"], values["groups"]
-    check_floating(op, "x", x)
+    """x [B, C, *spatial]; C a multiple of groups; weight and bias [C]; one floating dtype."""
+    x, groups, eps = values["x"], values["groups"], values["eps"]
+    checks.one_floating_dtype(op, {n: values[n] for n in ("x", "weight", "bias")})
     if x.dim < 2:
         raise ValueError(f"{op}: x must be [B, C, *spatial] (got {tuple(x.shape)}); unsqueeze it")
-    channels = x.shape[1]
     if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"{op}: groups must be an int (got {type(groups).__name__})")
+        raise TypeError(f"{op}: groups must be an int (got {groups!r}); choose a divisor of C")
+    channels = x.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(
             f"{op}: C must be a multiple of groups (got C={channels}, groups={groups}); "
             "pad C or choose another groups"
         )
     for name in ("weight", "bias"):
-        t = values[name]
-        if t is not None and tuple(t.shape) != (channels,):
-            raise ValueError(
-                f"{op}: {name} must be [{channels}], one value per channel of x "
-                f"(got {tuple(t.shape)})"
-            )
-        if t is not None and not t.dtype.is_floating_point:
-            raise TypeError(f"{op}: {name} must be floating (got {t.dtype}); use .to(x.dtype)")
-    if not values["eps"] >= 0:
-        raise ValueError(f"{op}: eps must not be negative (got {values['eps']})")
+        checks.shape(op, name, values[name], (channels,), "C", "give one value a channel")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must not be negative (got {eps}); 1e-5 is usual")
 
 
 def is_channels_last(x: TensorSpec | Tensor) -> bool:
@@ -77,8 +72,8 @@ def supports(call: Call) -> str | None:
         return f"needs x channels_last or contiguous (got strides {x.stride}); .contiguous()"
     for name in ("weight", "bias"):
         t = call.args[name]
-        if t is not None and (t.dtype != x.dtype or t.stride != (1,)):
-            return f"needs {name} contiguous in x's dtype (got {t.dtype}, strides {t.stride})"
+        if t is not None and t.stride != (1,):
+            return f"needs {name} contiguous (got strides {t.stride}); .contiguous()"
     if x.shape[0] > MAX_GRID_YZ or call.args["groups"] > MAX_GRID_YZ:
         return f"takes at most {MAX_GRID_YZ} images and groups (got {x.shape[0]} images)"
     pixels = math.prod(x.shape[2:])

@@ -20,10 +20,10 @@
 
 #define JOIN_(a, b, c) a##_##b##_##c
 #define JOIN(a, b, c) JOIN_(a, b, c)
-#define ENTRY(variant) extern "C" __global__ void __launch_bounds__(THREADS) JOIN(OP, variant, SUFFIX)
+#define ENTRY(variant) extern "C" __global__ void __launch_bounds__(THREADS, 1) JOIN(OP, variant, SUFFIX)
 #if CLUSTER > 1
 #define ONE_PASS_ENTRY(variant)                                                        \
-    extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) \
+    extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) \
         JOIN(OP, variant, SUFFIX)
 #else
 #define ONE_PASS_ENTRY(variant) ENTRY(variant)
