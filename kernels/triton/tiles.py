@@ -44,7 +44,6 @@ REDUCE_CLOCKS = 2500  # the second kernel of a split
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(
     m: int,
     n: int,
@@ -65,6 +64,21 @@ def choose(
         weights: matrices multiplied at once with the same left operand (2 for GEGLU).
         splits: whether K may be split.
     """
+    return ranked(m, n, k, dtype, device, taps, weights, splits)[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def ranked(
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: Device,
+    taps: int = 1,
+    weights: int = 1,
+    splits: bool = True,
+) -> tuple[Tiles, ...]:
+    """Every tile for the product, fastest by the model first; arguments as for `choose`."""
     exact = dtype == torch.float32
     block_k = 16 if exact or k <= 16 else 32 if k <= 32 else 64
     steps = taps * triton.cdiv(k, block_k)
@@ -74,12 +88,13 @@ def choose(
         for split in (SPLITS if splits else (1,))
         if (split == 1 or steps >= 4 * split) and tile[0] * tile[1] * weights <= 128 * 256
     ]
-    _, (block_m, block_n, warps), split = min(candidates)
-    if exact:
-        return Tiles(block_m, block_n, block_k, warps, 2, split)
-    step_bytes = 2 * block_k * (block_m + block_n * weights)
-    stages = max(2, min(4, (device.smem_bytes - 4096) // step_bytes))
-    return Tiles(block_m, block_n, block_k, warps, stages, split)
+    found = []
+    for _, (block_m, block_n, warps), split in sorted(candidates):
+        step_bytes = 2 * block_k * (block_m + block_n * weights)
+        fitting = max(2, min(4, (device.smem_bytes - 4096) // step_bytes))
+        stages = 2 if exact else fitting
+        found.append(Tiles(block_m, block_n, block_k, warps, stages, split))
+    return tuple(found)
 
 
 def _clocks(
