@@ -22,7 +22,6 @@ from mirage_hello.ptx.emulator import (  # noqa: F401  (importing fills the tabl
 )
 from mirage_hello.ptx.emulator.checks import KINDS, EmulatorError, Finding
 from mirage_hello.ptx.emulator.launch import Report, launch
-from mirage_hello.ptx.emulator.machine import Hang
 from mirage_hello.ptx.emulator.parser import PtxSyntaxError, parse
 from mirage_hello.ptx.emulator.table import INSTRUCTIONS, PtxUnsupported
 
@@ -31,7 +30,6 @@ __all__ = [
     "KINDS",
     "EmulatorError",
     "Finding",
-    "Hang",
     "PtxSyntaxError",
     "PtxUnsupported",
     "Report",

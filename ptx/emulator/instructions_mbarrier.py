@@ -66,10 +66,22 @@ def expect_tx(op):
     return run
 
 
+def _asked_before(m, pc, barrier, lanes):
+    """The threads that this instruction already told "not yet" in this phase, or None."""
+    asked = m.queue.mbarriers.asked
+    now = pc << 24 | barrier.phase & 0xFFFFFF
+    again = asked[lanes.sel] == now
+    asked[lanes.sel] = now
+    if not again.any():
+        return None
+    return lanes if again.all() else lanes.where(again)
+
+
 @instruction("mbarrier.try_wait", "mbarrier.test_wait", control=True)
 def wait(op):
-    """try_wait parks the threads whose phase is not complete: that is a legal duration of its
-    suspension, and a kernel that needs it to return false would hang on the hardware too."""
+    """try_wait returns false once per phase that is not complete, so a wait without a loop shows;
+    asked again, it parks its threads until the phase completes, a legal length of its suspension.
+    """
     parity, suspends = op.has("parity"), op.base.endswith("try_wait")
     put, address = op.dst(0, "pred"), op.address(1)
     expected = op.src(2, "u32" if parity else "b64")
@@ -82,13 +94,20 @@ def wait(op):
         if not suspends:
             put(lanes, passed)
             return [(op.pc + 1, lanes)]
+        if not blocked:
+            put(lanes, passed)
+            return [(op.pc + 1, lanes)]
+        staying = np.ones(lanes.n, bool)
         for barrier, held in blocked:
-            m.counts.parked(op.pc, held)
-            barrier.waiting.append((op.pc, held))
-        if not passed.any():
+            stuck = _asked_before(m, op.pc, barrier, held)
+            if stuck is not None:
+                m.counts.parked(op.pc, stuck)
+                barrier.waiting.append((op.pc, stuck))
+                staying[np.searchsorted(lanes.idx, stuck.idx)] = False
+        if not staying.any():
             return []
-        free = lanes if passed.all() else lanes.where(passed)
-        put(free, np.ones(free.n, bool))
+        free = lanes if staying.all() else lanes.where(staying)
+        put(free, passed[staying])
         return [(op.pc + 1, free)]
 
     return run

@@ -26,10 +26,6 @@ from mirage_hello.ptx.emulator.specials import Specials
 ROW_DTYPE = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64, 128: np.uint64}
 
 
-class Hang(RuntimeError):
-    """The launch made no progress: the message says which threads wait where."""
-
-
 class Machine:
     """State of a batch of blocks: registers, shared and local memory, parked threads.
 
@@ -95,6 +91,9 @@ class Machine:
         self.put(0, Lanes.of(self, np.flatnonzero(self.exists)))
         while True:
             while self.ready:
+                if self.turn > self.limit:
+                    self._hang()
+                    return
                 pc = self._choose()
                 self._execute(pc, self.ready.pop(pc))
             if self._recheck() or self.queue.complete_next():
@@ -107,8 +106,6 @@ class Machine:
 
     def _choose(self):
         self.turn += 1
-        if self.turn > self.limit:
-            self._hang()
         if len(self.ready) == 1:
             return next(iter(self.ready))
         if self.turn % 320 < 256:
@@ -255,11 +252,8 @@ class Machine:
         return []
 
     def _hang(self):
-        op_at = {pc: self.program.ops[pc] for pc in self.ready}
-        where = "; ".join(
-            f"line {op.line} `{op.text}`: {self.ready[pc].n} threads"
-            for pc, op in sorted(op_at.items())
-        )
-        raise Hang(
-            f"{self.program.function.name}: no end after {self.limit} scheduler turns; running: {where}"
-        )
+        """The launch runs and runs: report every group as it stands and give up."""
+        for pc, lanes in sorted(self.ready.items()):
+            text = f"still running after {self.limit} scheduler turns, here with {lanes.n} threads"
+            self.findings.add("deadlock", pc, lanes.thread(0), None, text, lanes.n)
+        self.ready.clear()

@@ -33,6 +33,7 @@ class Mbarriers:
 
     def __init__(self, machine):
         self.m, self.table = machine, {}
+        self.asked = np.full(machine.size, -1, np.int64)  # last try_wait that was told "not yet"
 
     def groups(self, lanes, addresses, pc, known_only=True):
         """Split threads by the barrier they name: yields (Mbarrier, lanes, positions or None)."""
@@ -135,8 +136,11 @@ class Mbarriers:
             self.m.put(pc, lanes)
 
     def test(self, lanes, addresses, expected, parity, pc):
-        """Per thread: has the phase (of that parity, or of the state token) completed?"""
-        passed = np.zeros(lanes.n, bool)
+        """Per thread: has the phase (of that parity, or of the state token) completed?
+
+        A thread that names no mbarrier passes: that is a finding already, and it must not spin.
+        """
+        passed = np.ones(lanes.n, bool)
         blocked = []
         for barrier, part, positions in self.groups(lanes, addresses, pc):
             pick = slice(None) if positions is None else positions
