@@ -13,9 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+from hypothesis import given
+from hypothesis import strategies as st
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from mirage_hello.kernels.triton import H200, tiles
+from mirage_hello.kernels.triton.attention import head_chunks
 
 TESTS = Path(__file__).parent
 INTERPRETED = [
@@ -40,6 +45,29 @@ def test_interpreted(file):
         timeout=280,
     )
     assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
+
+
+@given(st.integers(1, 256))
+def test_head_dimension_in_two_powers_of_two(head_dim):
+    first, rest = head_chunks(head_dim)
+    for width in (first, rest):
+        assert width in (0, 16, 32, 64, 128, 256)
+    assert head_dim <= first + rest <= max(16, triton.next_power_of_2(head_dim))
+
+
+@pytest.mark.parametrize(("head_dim", "width"), [(40, 48), (64, 64), (80, 80), (160, 160)])
+def test_head_dimensions_of_the_model_are_padded_to_16(head_dim, width):
+    assert sum(head_chunks(head_dim)) == width
+
+
+@given(st.integers(1, 300_000), st.integers(1, 4096), st.integers(1, 4096), st.sampled_from([1, 9]))
+def test_every_tile_fits(m, n, k, taps):
+    for dtype in (torch.bfloat16, torch.float32):
+        for tile in tiles.ranked(m, n, k, dtype, H200, taps)[:8]:
+            stage_bytes = dtype.itemsize * tile.block_k * (tile.block_m + tile.block_n)
+            assert tile.stages * stage_bytes <= H200.smem_bytes
+            steps = taps * -(-k // tile.block_k)
+            assert tile.split_k == 1 or steps >= 4 * tile.split_k
 
 
 @pytest.fixture(params=[80, 90], ids=lambda capability: f"sm_{capability}")
