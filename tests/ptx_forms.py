@@ -262,12 +262,16 @@ def program_of(group):
 def groups():
     """{group name: forms}, everything that the tables define."""
     import ptx_forms_async
+    import ptx_forms_compare
+    import ptx_forms_cvt
+    import ptx_forms_float
+    import ptx_forms_integer
     import ptx_forms_matrix
-    import ptx_forms_scalar
     import ptx_forms_warp
 
+    tables = (ptx_forms_float, ptx_forms_compare, ptx_forms_integer, ptx_forms_cvt, ptx_forms_warp)
     out = {}
-    for table in (ptx_forms_scalar, ptx_forms_warp, ptx_forms_matrix, ptx_forms_async):
+    for table in (*tables, ptx_forms_matrix, ptx_forms_async):
         for form in table.forms():
             out.setdefault(form.group, []).append(form)
     names = [f.name for forms in out.values() for f in forms]

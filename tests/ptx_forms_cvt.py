@@ -1,5 +1,7 @@
 """Instruction forms of cvt: every pair of types and every rounding that the project uses."""
 
+from functools import partial
+
 import numpy as np
 from ptx_forms import scalar
 
@@ -13,7 +15,7 @@ def as_result(kind):
 
 
 def near_integers(arrays, rng):
-    """Half of the f32 operands are near integers and their halves, up to 2**40."""
+    """Half of the f32 operands are near integers and their halves, up to 2**69."""
     a = arrays[0]
     exact = rng.integers(-600, 600, len(a)) / 2
     big = rng.integers(-8, 8, len(a)) * 2.0 ** rng.integers(0, 66, len(a)).astype(float)
@@ -30,84 +32,89 @@ def small_exponents(low, high, count=1):
         for a in arrays[:count]:
             field = rng.integers(127 + low, 127 + high, len(a)).astype(np.uint32) << np.uint32(23)
             keep = rng.integers(0, 20, len(a)).astype(np.uint32)
-            spread = (a & np.uint32(0x80000000)) | field | (a & np.uint32(0x7FFFFF)) >> keep << keep
+            fraction = (a & np.uint32(0x7FFFFF)) >> keep << keep
+            spread = (a & np.uint32(0x80000000)) | field | fraction
             out.append(np.where(np.arange(len(a)) % 8 == 0, a, spread))
         return out + list(arrays[count:])
 
     return adjust
 
 
-def between_floats():
-    group = "cvt_float"
-    narrow = small_exponents(-28, 18)
+def to_half():
+    form = partial(scalar, group="cvt_float")
+    narrow, pair = small_exponents(-28, 18), small_exponents(-28, 18, 2)
     for mode in ("rn", "rz"):
         for suffix in ("", ".relu"):
-            yield scalar(
-                f"cvt.{mode}{suffix}.f16.f32", ["f16"], ["f32"], adjust=narrow, group=group
-            )
-            yield scalar(f"cvt.{mode}{suffix}.bf16.f32", ["bf16"], ["f32"], group=group)
-            yield scalar(f"cvt.{mode}{suffix}.bf16x2.f32", ["bf16x2"], ["f32"] * 2, group=group)
-            yield scalar(f"cvt.{mode}{suffix}.f16x2.f32", ["f16x2"], ["f32"] * 2, group=group,
-                         adjust=small_exponents(-28, 18, 2))  # fmt: skip
+            cvt = f"cvt.{mode}{suffix}"
+            yield form(f"{cvt}.f16.f32", ["f16"], ["f32"], adjust=narrow)
+            yield form(f"{cvt}.bf16.f32", ["bf16"], ["f32"])
+            yield form(f"{cvt}.bf16x2.f32", ["bf16x2"], ["f32"] * 2)
+            yield form(f"{cvt}.f16x2.f32", ["f16x2"], ["f32"] * 2, adjust=pair)
     for suffix in ("rm", "rp", "rn.ftz", "rn.sat", "rn.ftz.sat"):
-        yield scalar(f"cvt.{suffix}.f16.f32", ["f16"], ["f32"], adjust=narrow, group=group)
-    for mode in ROUNDINGS:
-        yield scalar(f"cvt.{mode}.f32.f64", ["f32"], ["f64"], group=group)
-        yield scalar(f"cvt.{mode}.f16.f64", ["f16"], ["f64"], group=group)
-    for suffix in ("rn.ftz", "rn.sat"):
-        yield scalar(f"cvt.{suffix}.f32.f64", ["f32"], ["f64"], group=group)
-    yield scalar("cvt.f64.f32", ["f64"], ["f32"], group=group)
-    yield scalar("cvt.ftz.f64.f32", ["f64"], ["f32"], group=group)
-    yield scalar("cvt.f32.f16", ["f32"], ["f16"], group=group)
-    yield scalar("cvt.ftz.f32.f16", ["f32"], ["f16"], group=group)
-    yield scalar("cvt.f64.f16", ["f64"], ["f16"], group=group)
-    yield scalar("cvt.f32.bf16", ["f32"], ["bf16"], group=group, target="sm_90")
-    yield scalar("cvt.sat.f32.f32", ["f32"], ["f32"], group=group)
-    yield scalar("cvt.ftz.sat.f32.f32", ["f32"], ["f32"], group=group)
-    for mode in ("rni", "rzi", "rmi", "rpi", "rni.ftz"):
-        yield scalar(f"cvt.{mode}.f32.f32", ["f32"], ["f32"], adjust=near_integers, group=group)
-    yield scalar("cvt.rni.f16.f16", ["f16"], ["f16"], group=group)
-    yield scalar("cvt.rzi.f64.f64", ["f64"], ["f64"], group=group)
-    yield scalar("cvt.rna.tf32.f32", ["tf32"], ["f32"], group=group)
+        yield form(f"cvt.{suffix}.f16.f32", ["f16"], ["f32"], adjust=narrow)
+    yield form("cvt.rna.tf32.f32", ["tf32"], ["f32"])
     for suffix in ("rn", "rz", "rn.relu", "rz.relu"):
-        yield scalar(f"cvt.{suffix}.tf32.f32", ["tf32"], ["f32"], group=group, target="sm_90")
+        yield form(f"cvt.{suffix}.tf32.f32", ["tf32"], ["f32"], target="sm_90")
+
+
+def between_floats():
+    form = partial(scalar, group="cvt_float")
+    for mode in ROUNDINGS:
+        yield form(f"cvt.{mode}.f32.f64", ["f32"], ["f64"])
+        yield form(f"cvt.{mode}.f16.f64", ["f16"], ["f64"])
+    for suffix in ("rn.ftz", "rn.sat"):
+        yield form(f"cvt.{suffix}.f32.f64", ["f32"], ["f64"])
+    for suffix in ("", ".ftz"):
+        yield form(f"cvt{suffix}.f64.f32", ["f64"], ["f32"])
+        yield form(f"cvt{suffix}.f32.f16", ["f32"], ["f16"])
+    yield form("cvt.f64.f16", ["f64"], ["f16"])
+    yield form("cvt.f32.bf16", ["f32"], ["bf16"], target="sm_90")
+    yield form("cvt.sat.f32.f32", ["f32"], ["f32"])
+    yield form("cvt.ftz.sat.f32.f32", ["f32"], ["f32"])
+    for mode in ("rni", "rzi", "rmi", "rpi", "rni.ftz"):
+        yield form(f"cvt.{mode}.f32.f32", ["f32"], ["f32"], adjust=near_integers)
+    yield form("cvt.rni.f16.f16", ["f16"], ["f16"])
+    yield form("cvt.rzi.f64.f64", ["f64"], ["f64"])
 
 
 def fp8():
-    group = "cvt_fp8"
-    options = {"group": group, "target": "sm_90", "version": "8.1", "n": 1024}
+    form = partial(scalar, group="cvt_fp8", target="sm_90", version="8.1", n=1024)
     for kind, low, high in (("e4m3x2", -12, 11), ("e5m2x2", -19, 18)):
+        adjust = small_exponents(low, high, 2)
         for relu in ("", ".relu"):
-            yield scalar(f"cvt.rn.satfinite{relu}.{kind}.f32", [kind], ["f32"] * 2,
-                         adjust=small_exponents(low, high, 2), **options)  # fmt: skip
-            yield scalar(f"cvt.rn.satfinite{relu}.{kind}.f16x2", [kind], ["f16x2"], **options)
-            yield scalar(f"cvt.rn{relu}.f16x2.{kind}", ["f16x2"], [kind], **options)
+            narrow = f"cvt.rn.satfinite{relu}.{kind}"
+            yield form(f"{narrow}.f32", [kind], ["f32"] * 2, adjust=adjust)
+            yield form(f"{narrow}.f16x2", [kind], ["f16x2"])
+            yield form(f"cvt.rn{relu}.f16x2.{kind}", ["f16x2"], [kind])
 
 
-def float_and_integer():
-    group = "cvt_integer"
+def to_integer():
+    form = partial(scalar, group="cvt_integer")
     for dst in INTEGERS:
-        out = as_result(dst)
+        out = [as_result(dst)]
         for mode in ("rni", "rzi", "rmi", "rpi"):
-            yield scalar(f"cvt.{mode}.{dst}.f32", [out], ["f32"], adjust=near_integers, group=group)
-        yield scalar(f"cvt.rzi.ftz.{dst}.f32", [out], ["f32"], adjust=near_integers, group=group)
-        yield scalar(f"cvt.rzi.{dst}.f64", [out], ["f64"], group=group)
-        yield scalar(f"cvt.rni.{dst}.f16", [out], ["f16"], group=group)
+            yield form(f"cvt.{mode}.{dst}.f32", out, ["f32"], adjust=near_integers)
+        yield form(f"cvt.rzi.ftz.{dst}.f32", out, ["f32"], adjust=near_integers)
+        yield form(f"cvt.rzi.{dst}.f64", out, ["f64"])
+        yield form(f"cvt.rni.{dst}.f16", out, ["f16"])
     for dst in ("s32", "u32", "s64"):
-        yield scalar(f"cvt.rzi.{dst}.bf16", [dst], ["bf16"], group=group, target="sm_90")
-        yield scalar(f"cvt.rpi.sat.{dst}.f32", [dst], ["f32"], adjust=near_integers, group=group)
-    group = "cvt_from_integer"
+        yield form(f"cvt.rzi.{dst}.bf16", [dst], ["bf16"], target="sm_90")
+        yield form(f"cvt.rpi.sat.{dst}.f32", [dst], ["f32"], adjust=near_integers)
+
+
+def from_integer():
+    form = partial(scalar, group="cvt_from_integer")
     for src in INTEGERS:
         for mode in ROUNDINGS:
-            yield scalar(f"cvt.{mode}.f32.{src}", ["f32"], [src], group=group)
-        yield scalar(f"cvt.rn.f64.{src}", ["f64"], [src], group=group)
-        yield scalar(f"cvt.rn.f16.{src}", ["f16"], [src], group=group)
+            yield form(f"cvt.{mode}.f32.{src}", ["f32"], [src])
+        yield form(f"cvt.rn.f64.{src}", ["f64"], [src])
+        yield form(f"cvt.rn.f16.{src}", ["f16"], [src])
         if src[1:] != "8":
-            yield scalar(f"cvt.rn.bf16.{src}", ["bf16"], [src], group=group, target="sm_90")
+            yield form(f"cvt.rn.bf16.{src}", ["bf16"], [src], target="sm_90")
     for mode in ("rz", "rm", "rp"):
         for src in ("s64", "u64"):
-            yield scalar(f"cvt.{mode}.f64.{src}", ["f64"], [src], group=group)
-    yield scalar("cvt.rn.sat.f32.s32", ["f32"], ["s32"], group=group)
+            yield form(f"cvt.{mode}.f64.{src}", ["f64"], [src])
+    yield form("cvt.rn.sat.f32.s32", ["f32"], ["s32"])
 
 
 def holds(dst, src):
@@ -119,23 +126,24 @@ def holds(dst, src):
 
 
 def between_integers():
-    options = {"group": "cvt_between_integers", "n": 256}
+    form = partial(scalar, group="cvt_between_integers", n=256)
     for dst in INTEGERS:
         for src in INTEGERS:
             if dst != src:
-                yield scalar(f"cvt.{dst}.{src}", [as_result(dst)], [src], **options)
+                yield form(f"cvt.{dst}.{src}", [as_result(dst)], [src])
             if not holds(dst, src):
-                yield scalar(f"cvt.sat.{dst}.{src}", [as_result(dst)], [src], **options)
-    for dst in ("s8", "u8", "s16", "u16"):
-        if dst[1:] == "8":
-            name = f"cvt.pack.sat.{dst}.s32.b32"
-            yield scalar(name, ["b32"], ["s32", "s32", "b32"], **options)
-        else:
-            yield scalar(f"cvt.pack.sat.{dst}.s32", ["b32"], ["s32", "s32"], **options)
+                yield form(f"cvt.sat.{dst}.{src}", [as_result(dst)], [src])
+    for dst in ("s8", "u8"):
+        yield form(f"cvt.pack.sat.{dst}.s32.b32", ["b32"], ["s32", "s32", "b32"])
+    for dst in ("s16", "u16"):
+        yield form(f"cvt.pack.sat.{dst}.s32", ["b32"], ["s32", "s32"])
 
 
-def conversions():
+def forms():
+    """Every form of cvt."""
+    yield from to_half()
     yield from between_floats()
     yield from fp8()
-    yield from float_and_integer()
+    yield from to_integer()
+    yield from from_integer()
     yield from between_integers()

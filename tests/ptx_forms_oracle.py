@@ -37,7 +37,7 @@ def flushed(kind, value, ftz):
 
 
 def rounded(kind, exact, approximate, mode, ftz, sat, relu):
-    """Bits of a result: `exact` a Fraction or None where only `approximate` (inf, nan, 0) counts."""
+    """Bits of a result: `exact` a Fraction, or None where only `approximate` (inf, nan) counts."""
     value = approximate
     if exact is not None and exact != 0:
         value = math.copysign(float(round_to(kind, exact, mode)), 1 if exact > 0 else -1)
