@@ -16,7 +16,7 @@ _DTYPES = {
     torch.uint8: 0,
     torch.float8_e4m3fn: 0,
     torch.float8_e5m2: 0,
-    torch.int32: 4,
+    torch.int32: 3,
     torch.float16: 6,
     torch.float32: 7,
     torch.bfloat16: 9,
