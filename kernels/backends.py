@@ -72,8 +72,19 @@ def _cupy(device_type: str) -> str | None:
 
 def _numba(device_type: str) -> str | None:
     if device_type == "cuda":
-        return _driver(device_type) or import_error("numba.cuda")
+        return _driver(device_type) or import_error("numba.cuda") or _numba_cuda_fails()
     return import_error("numba")
+
+
+def _numba_cuda_fails() -> str | None:
+    """Compile an empty kernel: numba-cuda imports beside a NumPy that it cannot work with."""
+    from numba import cuda
+
+    try:
+        cuda.compile_ptx(lambda: None, (), cc=(8, 0))
+    except AttributeError as error:
+        return f"numba-cuda does not work with this NumPy ({error}); install an older NumPy"
+    return None
 
 
 def _ptx_emulated(device_type: str) -> str | None:

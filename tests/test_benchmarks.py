@@ -59,5 +59,5 @@ def test_every_peer_of_a_quick_case_runs_on_the_gpu(group):
         for name, function in functions.items():
             out = function(*subject.args)
             if name != "copy":
-                error = (out.double() - subject.truth.double()).norm() / subject.truth.norm()
+                error = (out.double() - subject.truth.double()).norm() / subject.truth.double().norm()
                 assert error < 2e-2, (case.op, case.name, name)
