@@ -8,14 +8,14 @@ from typing import Any
 
 from mirage_hello.kernels import measured
 
-from . import results
+from . import run_file
 
 FOLDER = Path(measured.__file__).parent / "measured"
 # In a model the weights come from device memory, so that timing speaks where it was taken.
 PREFERRED = ("cold-weights", "hot", "cold")
 
 
-def choices(run: results.Run) -> dict[str, dict[str, dict[str, float]]]:
+def choices(run: run_file.Run) -> dict[str, dict[str, dict[str, float]]]:
     """op -> call label -> backend -> median microseconds, of the fastest kernel of a backend."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for cache in reversed(PREFERRED):
@@ -29,7 +29,7 @@ def choices(run: results.Run) -> dict[str, dict[str, dict[str, float]]]:
     return table
 
 
-def save(run: results.Run, folder: Path = FOLDER) -> Path:
+def save(run: run_file.Run, folder: Path = FOLDER) -> Path:
     """Merge the run's choices into `<folder>/<gpu>.json`; shapes not measured now stay.
 
     Returns:
@@ -41,5 +41,5 @@ def save(run: results.Run, folder: Path = FOLDER) -> Path:
     merged = {op: dict(labels) for op, labels in old.get("ops", {}).items()}
     for op, labels in choices(run).items():
         merged.setdefault(op, {}).update(labels)
-    results.write_json({"gpu": meta["gpu"], "commit": meta["commit"], "ops": merged}, path)
+    run_file.write_json({"gpu": meta["gpu"], "commit": meta["commit"], "ops": merged}, path)
     return path

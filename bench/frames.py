@@ -55,7 +55,7 @@ def frame_row(where: dict[str, str], models: Models, steps: int) -> Callable[...
             measured[name]["peak_bytes"] = peak_bytes
         row = _row(where, measured, times_us["ours"]) | extra | {"parity": parity}
         row |= {"kernels": chosen, "clip": clip_name, "steps": steps}
-        if options.device == "cuda":
+        if options.device == "cuda" and "profile" not in lost:
             begin("profile", MODEL_SECONDS)
             row["transfers"] = transfers(streams["ours"], clip)
             if not row["transfers"]["only_the_frame"]:

@@ -18,7 +18,7 @@ from mirage_hello.kernels.parity import Parity, exact_float32, in_float64, judge
 from . import peers as peer_functions
 from .case import Case, Draw
 from .ceilings import bound_us
-from .harness import FULL, QUICK, Effort, Timing, measure
+from .harness import FULL, MAX_CALLS, QUICK, Effort, Timing, measure
 
 # Measured only when they are named: an interpreter's time says nothing of the kernel.
 INTERPRETED = {"ptx-emulated": ("cpu",), "triton": ("cpu",)}
@@ -236,7 +236,7 @@ def _rotated(subject: Subject) -> list[tuple]:
     weights = [subject.args[i] for i in subject.case.weights]
     weight_bytes = sum(w.numel() * w.element_size() for w in weights)
     sets = [subject.args]
-    while len(sets) * weight_bytes < ROTATED_BYTES and len(sets) < 64:
+    while len(sets) * weight_bytes < ROTATED_BYTES and len(sets) < MAX_CALLS:
         args = list(subject.args)
         for i in subject.case.weights:
             args[i] = args[i].clone()

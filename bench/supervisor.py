@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import results
+from . import run_file
 from .rows import STEP_SECONDS, Options
 from .worker import GROUPS, OUT_OF_TIME, Entry, Journal, encoded
 
@@ -31,7 +31,7 @@ def run_groups(
     budget_seconds: float | None = None,
     commit: str | None = None,
     to_stderr: bool = False,
-) -> results.Run:
+) -> run_file.Run:
     """Measure the groups into `out`, each in its own process.
 
     Args:
@@ -39,7 +39,7 @@ def run_groups(
         options: what to measure.
         out: the results file; it exists, valid and partial, from the start.
         budget_seconds: nothing new begins after this, and what runs is stopped.
-        commit: see results.new_run.
+        commit: see run_file.new_run.
         to_stderr: print the rows there, so that stdout stays free for JSON.
 
     Returns:
@@ -48,21 +48,21 @@ def run_groups(
     started = time.time()
     if budget_seconds is not None:
         options = dataclasses.replace(options, deadline=started + budget_seconds)
-    run = results.new_run(options.device, commit)
+    run = run_file.new_run(options.device, commit)
     run["meta"] |= {"quick": options.quick, "seconds": {}, "command": sys.argv[1:]}
-    results.write(run, out)
+    run_file.write(run, out)
     Journal(out).path.unlink(missing_ok=True)
     try:
         wanted = set(groups) | {"ceilings"}
         for group in (g for g in GROUPS if g in wanted):
             begun = time.time()
             problem = _run_group(group, options, out, to_stderr)
-            run = results.load(out)
+            run = run_file.load(out)
             run["meta"]["seconds"][group] = round(time.time() - begun, 1)
             if problem:
                 run["skipped"].append({"group": group, "reason": problem})
                 print(f"{group}: {problem}", file=sys.stderr, flush=True)
-            results.write(run, out)
+            run_file.write(run, out)
             if group == "ceilings" and "ceilings" not in run["meta"]:
                 break  # nothing can be held against them
     finally:
@@ -123,8 +123,8 @@ def _watch(process: subprocess.Popen, options: Options, journal: Journal) -> str
 
 def _note_lost(out: Path, entry: Entry, problem: str) -> None:
     """A kernel that hangs or kills its process has failed, as surely as one that is wrong."""
-    run = results.load(out)
+    run = run_file.load(out)
     op, case, dtype = (part.strip() for part in [*entry.unit.split("|"), "", ""][:3])
     failure = {"op": op, "case": case, "dtype": dtype, "kernel": entry.step}
     run["failures"].append({**failure, "reason": f"its process {problem}"})
-    results.write(run, out)
+    run_file.write(run, out)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import attention, conv2d, elementwise, group_norm, layer_norm, linear, model, results
+from . import attention, conv2d, elementwise, group_norm, layer_norm, linear, model, run_file
 from .case import Case
 from .ceilings import ceilings
 from .rows import STEP_SECONDS, Options, Outcome, measure_case
@@ -37,7 +37,7 @@ CASES: dict[str, tuple[tuple[Case, ...], tuple[Case, ...]]] = {
 MODEL_OPS = ("residual_block", "unet_step", "frame")
 GROUPS = ("ceilings", *CASES, *MODEL_OPS)
 # A unit that lost one of these in an earlier process is given up; any other step is left out.
-WHOLE_UNIT_STEPS = ("inputs", "timing", "build and parity", "frames", "profile")
+WHOLE_UNIT_STEPS = ("inputs", "timing", "build and parity", "frames")
 OUT_OF_TIME = "the time budget was used up"
 
 
@@ -115,11 +115,11 @@ def units(group: str, options: Options, limits: dict[str, Any]) -> Iterator[mode
 
 def measure_group(group: str, options: Options, out: Path) -> None:
     """Measure one group into `out`; what the journal says is finished is not measured again."""
-    journal, run = Journal(out), results.load(out)
+    journal, run = Journal(out), run_file.load(out)
     if group == "ceilings":
         journal.append(Entry("ceilings", "ceilings", STEP_SECONDS))
         run["meta"]["ceilings"] = ceilings(options.device, options.effort)
-        results.write(run, out)
+        run_file.write(run, out)
         return
     finished = journal.finished()
     for unit in units(group, options, run["meta"]["ceilings"]):
@@ -153,14 +153,14 @@ def _measured(unit: model.Unit, name: str, options: Options, journal: Journal) -
         return Outcome(failures=[{**unit.where, "kernel": unit.where["op"], "reason": reason}])
 
 
-def add(run: results.Run, measured: Outcome, out: Path) -> None:
+def add(run: run_file.Run, measured: Outcome, out: Path) -> None:
     """Put what was measured into the run (newer rows replace older ones), write it, print it."""
-    replaced = {results.row_key(row) for row in measured.rows}
-    run["rows"] = [row for row in run["rows"] if results.row_key(row) not in replaced]
+    replaced = {run_file.row_key(row) for row in measured.rows}
+    run["rows"] = [row for row in run["rows"] if run_file.row_key(row) not in replaced]
     run["rows"] += measured.rows
     run["failures"] += measured.failures
     run["skipped"] += measured.skipped
-    results.write(run, out)
+    run_file.write(run, out)
     for row in measured.rows:
         print(row_line(row), flush=True)
     for failure in measured.failures:
@@ -170,7 +170,10 @@ def add(run: results.Run, measured: Outcome, out: Path) -> None:
 def main() -> None:
     """worker GROUP OPTIONS-JSON OUT: the supervisor's command line."""
     group, options, out = sys.argv[1:]
-    measure_group(group, decoded(options), Path(out))
+    try:
+        measure_group(group, decoded(options), Path(out))
+    except KeyboardInterrupt:  # the supervisor had it too, and says so
+        sys.exit(130)
 
 
 def encoded(options: Options) -> str:
@@ -179,7 +182,8 @@ def encoded(options: Options) -> str:
 
 def decoded(text: str) -> Options:
     values: dict[str, Any] = json.loads(text)
-    return Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return Options(**values)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from mirage_hello.bench import (
     harness,
     layer_norm,
     linear,
-    results,
+    run_file,
     supervisor,
     worker,
 )
@@ -50,7 +50,7 @@ def row(**changes):
 
 
 def a_run(*rows):
-    run = results.new_run("cpu", commit="0123456")
+    run = run_file.new_run("cpu", commit="0123456")
     run["rows"] = list(rows)
     return run
 
@@ -173,16 +173,16 @@ class TestCases:
 class TestResults:
     def test_a_run_survives_the_disk(self, tmp_path):
         path = tmp_path / "new" / "run.json"
-        results.write(a_run(row()), path)
-        assert results.load(path)["rows"] == [row()]
+        run_file.write(a_run(row()), path)
+        assert run_file.load(path)["rows"] == [row()]
         assert [p.name for p in path.parent.iterdir()] == ["run.json"]
 
     def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(self, tmp_path):
         path = tmp_path / "run.json"
-        results.write(a_run(row()), path)
+        run_file.write(a_run(row()), path)
         before = path.read_bytes()
         with pytest.raises(ValueError):
-            results.write_json({"x": math.nan}, path)
+            run_file.write_json({"x": math.nan}, path)
         assert path.read_bytes() == before
         assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
@@ -204,25 +204,25 @@ class TestResults:
         path, run = tmp_path / "run.json", json.loads(json.dumps(a_run(row())))
         damage(run)
         path.write_text(json.dumps(run))
-        with pytest.raises(results.BadResults, match=says) as error:
-            results.load(path)
+        with pytest.raises(run_file.BadResults, match=says) as error:
+            run_file.load(path)
         assert "run.json" in str(error.value)
 
     @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1, 2]"])
     def test_a_folder_goes_on_without_a_corrupt_file(self, tmp_path, content):
         (tmp_path / "bad.json").write_bytes(content)
-        results.write(a_run(row()), tmp_path / "gpu" / "good.json")
-        runs, problems = results.load_folder(tmp_path)
+        run_file.write(a_run(row()), tmp_path / "gpu" / "good.json")
+        runs, problems = run_file.load_folder(tmp_path)
         assert [run["meta"]["file"] for run in runs] == ["gpu/good.json"]
         assert len(problems) == 1 and "bad.json" in problems[0]
 
     def test_default_path(self):
         meta = {"gpu": "NVIDIA H200", "date": "2026-11-22T12:55:01+00:00", "commit": "0123abcd"}
-        path = results.default_path(meta)
+        path = run_file.default_path(meta)
         assert path.parts[-3:] == ("results", "nvidia-h200", "20261122T125501-0123abcd.json")
 
     def test_committed_results_are_valid(self):
-        _, problems = results.load_folder(results.FOLDER)
+        _, problems = run_file.load_folder(run_file.FOLDER)
         assert problems == []
 
 
@@ -287,11 +287,11 @@ class TestSupervisor:
     WORKER = """
 import os, sys, time
 from pathlib import Path
-from mirage_hello.bench import results, worker
-out = Path(sys.argv[3]); journal = worker.Journal(out); run = results.load(out)
+from mirage_hello.bench import run_file, worker
+out = Path(sys.argv[3]); journal = worker.Journal(out); run = run_file.load(out)
 if sys.argv[1] == "ceilings":
     run["meta"]["ceilings"] = {}
-    results.write(run, out); sys.exit()
+    run_file.write(run, out); sys.exit()
 for unit in ("silu | a | float32", "silu | b | float32"):
     if unit in journal.finished(): continue
     for step in ("silu/good", "silu/bad"):
@@ -331,4 +331,4 @@ for unit in ("silu | a | float32", "silu | b | float32"):
         run = self.supervise(tmp_path, monkeypatch, "pass", budget_seconds=0.1)
         assert time.time() - started < 10
         assert "budget" in run["skipped"][0]["reason"]
-        assert results.load(tmp_path / "run.json") == run
+        assert run_file.load(tmp_path / "run.json") == run

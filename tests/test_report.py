@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mirage_hello.bench import results, worker
+from mirage_hello.bench import run_file, worker
 from mirage_hello.tools import bench, report, report_rows, report_tables
 from mirage_hello.tools.errors import BadInput
 from mirage_hello.tools.report_rows import best_rows, geometric_mean, newest_rows
@@ -50,7 +50,7 @@ def a_frame():
 
 
 def a_run(*rows, gpu="NVIDIA H200", date="2026-11-22T12:00:00+00:00", commit="0123456"):
-    run = results.new_run("cpu", commit)
+    run = run_file.new_run("cpu", commit)
     run["meta"] |= {"gpu": gpu, "date": date, "cuda": "13.0", "driver": "580.1"}
     run["meta"]["ceilings"] = {
         "copy_gbps": 4000.0,
@@ -95,7 +95,7 @@ class TestPage:
     @pytest.fixture
     def folder(self, tmp_path):
         rows = (a_row(), a_row(case="1 MiB", p50=40.0), a_row(cache="cold"), a_frame())
-        results.write(a_run(*rows), tmp_path / "in" / "nvidia-h200" / "run.json")
+        run_file.write(a_run(*rows), tmp_path / "in" / "nvidia-h200" / "run.json")
         return tmp_path / "in"
 
     def test_everything_is_in_one_file(self, folder, tmp_path, capsys):
@@ -120,7 +120,7 @@ class TestPage:
     def test_a_cpu_run_says_so(self, tmp_path):
         run = a_run(a_row(backend="numba"), gpu="CPU x")
         run["meta"]["cuda"] = "none"
-        results.write(run, tmp_path / "in" / "run.json")
+        run_file.write(run, tmp_path / "in" / "run.json")
         assert draw(tmp_path / "in", "--out", str(tmp_path / "out")) == 0
         assert "Measured on a CPU" in (tmp_path / "out" / "index.html").read_text()
 
@@ -129,7 +129,7 @@ class TestPage:
         run["failures"] = [
             {"op": "silu", "case": "<b>", "dtype": "float32", "kernel": "silu/x", "reason": "wrong"}
         ]
-        results.write(run, tmp_path / "in" / "run.json")
+        run_file.write(run, tmp_path / "in" / "run.json")
         assert draw(tmp_path / "in", "--out", str(tmp_path / "out")) == 0
         text = (tmp_path / "out" / "index.html").read_text()
         assert "wrong" in text and "&lt;b&gt;" in text and "<b>" not in text.split("<h2>How")[0]
@@ -152,7 +152,7 @@ class TestBadInputOfReport:
             draw(tmp_path / "nothing")
 
     def test_a_readme_that_is_not_there(self, tmp_path):
-        results.write(a_run(a_row()), tmp_path / "run.json")
+        run_file.write(a_run(a_row()), tmp_path / "run.json")
         with pytest.raises(BadInput, match="cannot read"):
             draw(tmp_path, "--readme", str(tmp_path / "README.md"), "--out", str(tmp_path / "o"))
 
@@ -242,7 +242,7 @@ class TestBench:
         arguments = ("--device", "cpu", "--op", "residual_add", "--quick", "--out", str(out))
         code = bench.run(parsed(bench, *arguments, "--case", "64 KiB", "--json"))
         printed = json.loads(capfd.readouterr().out)
-        run = results.load(out)
+        run = run_file.load(out)
         assert code == 0 and printed == run and run["failures"] == []
         assert {row["op"] for row in run["rows"]} == {"residual_add"}
         assert run["meta"]["ceilings"]["copy_gbps"] > 0

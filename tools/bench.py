@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mirage_hello.bench import choices, results
+from mirage_hello.bench import choices, run_file
 from mirage_hello.bench.case import PEERS
 from mirage_hello.bench.rows import Options
 from mirage_hello.bench.supervisor import run_groups
@@ -192,17 +192,17 @@ def _groups(options: Options) -> list[str]:
 
 
 def _out(args: argparse.Namespace, options: Options) -> Path:
-    meta = results.new_run(options.device, args.commit)["meta"]
+    meta = run_file.new_run(options.device, args.commit)["meta"]
     if args.out is None:
-        return results.default_path(meta)
+        return run_file.default_path(meta)
     if args.out.is_dir() or not args.out.suffix:
-        return results.default_path(meta, args.out)
+        return run_file.default_path(meta, args.out)
     if args.out.suffix != ".json":
         raise BadInput(f"--out: expected a folder or a .json file (got {args.out})")
     return args.out
 
 
-def _print_end(measured: results.Run, out: Path) -> None:
+def _print_end(measured: run_file.Run, out: Path) -> None:
     rows, failures = len(measured["rows"]), len(measured["failures"])
     print(f"\n{rows} rows, {failures} failures, {len(measured['skipped'])} left out -> {out}")
     print("draw them: mirage report")

@@ -58,7 +58,7 @@ OTHER_MARKER = "P"  # auto, ptx-emulated
 # What a live picture must beat, in milliseconds a frame (see docs/benchmarks.md).
 FRAME_LINES = ((40.0, "40 ms: Mirage"), (16.0, "16 ms: its next version"), (10.0, "10 ms: stretch"))
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
     "font.size": 10,

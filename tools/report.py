@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mirage_hello.bench import results
+from mirage_hello.bench import run_file
 from mirage_hello.tools import report_tables
 from mirage_hello.tools.errors import BadInput, unknown_name
 from mirage_hello.tools.report_page import by_machine, on_cpu, write_page
@@ -56,11 +56,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         BadInput: no usable results, a marker of an unknown name, a path that cannot be written.
     """
-    runs, problems = _load(args.results or [results.FOLDER])
+    runs, problems = _load(args.results or [run_file.FOLDER])
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     if not runs:
-        where = ", ".join(map(str, args.results or [results.FOLDER]))
+        where = ", ".join(map(str, args.results or [run_file.FOLDER]))
         raise BadInput(f"no benchmark results in {where}; run `mirage bench` first")
     filled = {path: fill(_read(path), runs, path) for path in args.readme}
     try:
@@ -75,16 +75,17 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _load(paths: Sequence[Path]) -> tuple[list[results.Run], list[str]]:
-    runs, problems = [], []
+def _load(paths: Sequence[Path]) -> tuple[list[run_file.Run], list[str]]:
+    runs: list[run_file.Run] = []
+    problems: list[str] = []
     for path in paths:
         if path.is_dir():
-            found, bad = results.load_folder(path)
+            found, bad = run_file.load_folder(path)
             runs, problems = runs + found, problems + bad
         elif path.exists():
             try:
-                runs.append(results.load(path))
-            except results.BadResults as error:
+                runs.append(run_file.load(path))
+            except run_file.BadResults as error:
                 problems.append(str(error))
         else:
             raise BadInput(f"--results: {path} does not exist; give a file or a folder")
@@ -98,7 +99,7 @@ def _read(path: Path) -> str:
         raise BadInput(f"--readme: cannot read {path} ({error.strerror})") from error
 
 
-def fill(text: str, runs: Sequence[results.Run], path: Path | str = "README.md") -> str:
+def fill(text: str, runs: Sequence[run_file.Run], path: Path | str = "README.md") -> str:
     """The text with the tables between its markers replaced by those of the newest GPU.
 
     Args:
@@ -120,7 +121,9 @@ def fill(text: str, runs: Sequence[results.Run], path: Path | str = "README.md")
     return MARKED.sub(replaced, text)
 
 
-def _table(name: str, rows: Sequence[Row], machine: Sequence[results.Run], path: Path | str) -> str:
+def _table(
+    name: str, rows: Sequence[Row], machine: Sequence[run_file.Run], path: Path | str
+) -> str:
     if on_cpu(machine):
         return "Not measured on a GPU yet: `mirage bench` on one, then `mirage report --readme`.\n"
     line = f"{report_tables.machine(machine[-1])}."

@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from mirage_hello.bench import results
+from mirage_hello.bench import run_file
 from mirage_hello.tools import plots, report_tables
 from mirage_hello.tools.report_rows import Row, newest_rows
 from mirage_hello.tools.report_tables import Table
@@ -48,20 +48,20 @@ class Machine:
     runs: list[str]
 
 
-def by_machine(runs: Sequence[results.Run]) -> list[list[results.Run]]:
+def by_machine(runs: Sequence[run_file.Run]) -> list[list[run_file.Run]]:
     """Runs of each machine, GPUs first, then the one measured last."""
-    groups: dict[str, list[results.Run]] = {}
+    groups: dict[str, list[run_file.Run]] = {}
     for run in runs:
         groups.setdefault(run["meta"]["gpu"], []).append(run)
     newest_first = sorted(groups.values(), key=lambda g: g[-1]["meta"]["date"], reverse=True)
     return sorted(newest_first, key=on_cpu)
 
 
-def on_cpu(runs: Sequence[results.Run]) -> bool:
+def on_cpu(runs: Sequence[run_file.Run]) -> bool:
     return runs[-1]["meta"]["cuda"] == "none"
 
 
-def write_page(runs: Sequence[results.Run], problems: Sequence[str], folder: Path) -> Path:
+def write_page(runs: Sequence[run_file.Run], problems: Sequence[str], folder: Path) -> Path:
     """Draw every figure into `folder` as PNG and SVG, and `index.html`, which needs none of them.
 
     Args:
@@ -81,7 +81,7 @@ def write_page(runs: Sequence[results.Run], problems: Sequence[str], folder: Pat
     return page
 
 
-def _machine(runs: Sequence[results.Run], folder: Path, prefix: str) -> Machine:
+def _machine(runs: Sequence[run_file.Run], folder: Path, prefix: str) -> Machine:
     rows, last = newest_rows(runs), runs[-1]
     failures = last.get("failures", [])
     return Machine(
@@ -98,7 +98,7 @@ def _machine(runs: Sequence[results.Run], folder: Path, prefix: str) -> Machine:
 
 
 def _figures(
-    rows: Sequence[Row], runs: Sequence[results.Run], folder: Path, prefix: str
+    rows: Sequence[Row], runs: Sequence[run_file.Run], folder: Path, prefix: str
 ) -> list[Figure]:
     meta = runs[-1]["meta"]
     caption = f"{meta['gpu']}, commit {meta['commit']}, {meta['date'][:10]}"
@@ -127,11 +127,11 @@ def _figures(
 
 
 def _tables(rows: Sequence[Row], op: str) -> list[dict[str, Any]]:
-    tables = [
-        {"title": title, "table": report_tables.speed_of_op(rows, op, cache)}
+    tables = {
+        title: report_tables.speed_of_op(rows, op, cache)
         for cache, title in report_tables.CACHE_NAMES.items()
-    ]
-    return [table for table in tables if table["table"].rows]
+    }
+    return [{"title": title, "table": table} for title, table in tables.items() if table.rows]
 
 
 def _inline(svg: str) -> str:
@@ -142,7 +142,7 @@ def _inline(svg: str) -> str:
     return text
 
 
-def _skipped(run: results.Run) -> list[str]:
+def _skipped(run: run_file.Run) -> list[str]:
     """Each reason once, with the kernels that it holds for."""
     reasons: dict[str, list[str]] = {}
     for item in run.get("skipped", []):

@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mirage_hello.bench import results
+from mirage_hello.bench import run_file
 from mirage_hello.bench.case import PEERS
 
 Row = dict[str, Any]
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def newest_rows(runs: Sequence[results.Run]) -> list[Row]:
+def newest_rows(runs: Sequence[run_file.Run]) -> list[Row]:
     """The newest row of each op, case, dtype, kernel and cache state, in the order of the ops.
 
     Args:
@@ -25,7 +25,7 @@ def newest_rows(runs: Sequence[results.Run]) -> list[Row]:
     for run in runs:
         source = {"commit": run["meta"]["commit"], "date": run["meta"]["date"]}
         for row in run["rows"]:
-            rows[results.row_key(row)] = {**row, "run": source}
+            rows[run_file.row_key(row)] = {**row, "run": source}
     return sorted(rows.values(), key=_order)
 
 

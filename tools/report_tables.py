@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mirage_hello.bench import results
+from mirage_hello.bench import run_file
 from mirage_hello.bench.summary import best_peer, speedup
 from mirage_hello.tools.report_rows import (
     SHORT,
@@ -19,6 +19,9 @@ from mirage_hello.tools.report_rows import (
 )
 
 CACHE_NAMES = {"hot": "hot", "cold": "cold", "cold-weights": "cold weights"}
+
+
+Cell = tuple[str, float | str]  # the text, and what its column sorts by
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,20 @@ class Table:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _table(columns: Sequence[str], cells: Sequence[Sequence[tuple[str, float | str]]]) -> Table:
+def _table(columns: Sequence[str], cells: Sequence[Sequence[Cell]]) -> Table:
     texts = tuple(tuple(text for text, _ in row) for row in cells)
     return Table(tuple(columns), texts, tuple(tuple(key for _, key in row) for row in cells))
 
 
-def _text(value: str) -> tuple[str, str]:
+def _text(value: str) -> Cell:
     return value, value
 
 
-def _time(time_us: float | None) -> tuple[str, float]:
+def _time(time_us: float | None) -> Cell:
     return ("", float("inf")) if time_us is None else (time_text(time_us), time_us)
 
 
-def _ratio(value: float | None) -> tuple[str, float]:
+def _ratio(value: float | None) -> Cell:
     return ("", 0.0) if not value else (f"{value:.2f}x", value)
 
 
@@ -61,15 +64,15 @@ def summary(rows: Sequence[Row]) -> Table:
     """An op a line: shapes, the geometric mean over the best peer and over each peer."""
     best = best_rows(rows)
     names = peers_of(best)
-    cells = []
+    cells: list[list[Cell]] = []
     for op in dict.fromkeys(row["op"] for row in best):
         of_op = [row for row in best if row["op"] == op]
+        rivals: list[str | None] = [None, *names]
         means = [
-            geometric_mean([r for row in of_op if (r := speedup(row, peer))])
-            for peer in (None, *names)
+            geometric_mean([r for row in of_op if (r := speedup(row, peer))]) for peer in rivals
         ]
         backends = ", ".join(sorted({row["backend"] for row in of_op}))
-        shapes = (str(len(of_op)), float(len(of_op)))
+        shapes: Cell = (str(len(of_op)), len(of_op))
         cells.append([_text(op), shapes, _text(backends), *map(_ratio, means)])
     columns = ["op", "shapes", "our backend", "over the best peer", *(f"over {n}" for n in names)]
     return _table(columns, cells)
@@ -79,9 +82,8 @@ def speed_of_op(rows: Sequence[Row], op: str, cache: str = "hot") -> Table:
     """A case a line: our best kernel beside every peer, and the share of the ceiling."""
     best = [row for row in best_rows(rows, cache) if row["op"] == op]
     peers = peers_of(best)
-    cells = []
+    cells: list[list[Cell]] = []
     for row in best:
-        share = row["fraction_of_ceiling"]
         cells.append(
             [
                 _text(case_title(row)),
@@ -89,7 +91,7 @@ def speed_of_op(rows: Sequence[Row], op: str, cache: str = "hot") -> Table:
                 _time(row["time_us"]["p50"]),
                 *(_time(row["peers"].get(peer)) for peer in peers),
                 _ratio(speedup(row)),
-                ("", 0.0) if share is None else (f"{100 * share:.0f} %", share),
+                _percent(row["fraction_of_ceiling"]),
             ]
         )
     columns = ["case", "backend", "ours", *peers, "over the best peer", "of the ceiling"]
@@ -98,10 +100,9 @@ def speed_of_op(rows: Sequence[Row], op: str, cache: str = "hot") -> Table:
 
 def every_row(rows: Sequence[Row]) -> Table:
     """Everything that was measured, one line a row."""
-    cells = []
+    cells: list[list[Cell]] = []
     for row in rows:
         best, time_us = best_peer(row), row["time_us"]
-        share = row["fraction_of_ceiling"]
         cells.append(
             [
                 _text(row["op"]),
@@ -113,8 +114,8 @@ def every_row(rows: Sequence[Row]) -> Table:
                 (f"{time_text(time_us['p10'])} to {time_text(time_us['p90'])}", time_us["p10"]),
                 _number(row["tflops"], 1),
                 _number(row["gbps"], 0),
-                ("", 0.0) if share is None else (f"{100 * share:.0f} %", share),
-                _text(best[0] if best else ""),
+                _percent(row["fraction_of_ceiling"]),
+                _text("" if best is None else best[0]),
                 _ratio(speedup(row)),
                 _text(row["run"]["commit"]),
             ]
@@ -126,13 +127,17 @@ def every_row(rows: Sequence[Row]) -> Table:
     return _table(columns, cells)
 
 
-def _number(value: float | None, digits: int) -> tuple[str, float]:
+def _percent(value: float | None) -> Cell:
+    return ("", 0.0) if value is None else (f"{100 * value:.0f} %", value)
+
+
+def _number(value: float | None, digits: int) -> Cell:
     return ("", 0.0) if value is None else (f"{value:,.{digits}f}", value)
 
 
 def parity(rows: Sequence[Row], failures: Sequence[dict[str, Any]]) -> Table:
     """Error and what the rule allows, the closest to the limit first; failures lead."""
-    cells = [
+    cells: list[list[Cell]] = [
         [
             *map(_text, (f["op"], f["case"], f["dtype"], f["kernel"], "", "")),
             (f["reason"], float("inf")),
@@ -148,8 +153,8 @@ def parity(rows: Sequence[Row], failures: Sequence[dict[str, Any]]) -> Table:
         seen.add(key)
         error, allowed = row["parity"]["error"], row["parity"]["allowed"]
         names = row["op"], row["case"], SHORT.get(row["dtype"], row["dtype"]), row["kernel"]
-        numbers = [(f"{error:.2e}", error), (f"{allowed:.2e}", allowed)]
-        cells.append([*map(_text, names), *numbers, (f"{100 * _share(row):.0f} %", _share(row))])
+        numbers: list[Cell] = [(f"{error:.2e}", error), (f"{allowed:.2e}", allowed)]
+        cells.append([*map(_text, names), *numbers, _percent(_share(row))])
     return _table(("op", "case", "dtype", "kernel", "error", "allowed", "of the limit"), cells)
 
 
@@ -160,7 +165,7 @@ def _share(row: Row) -> float:
 
 def frames(rows: Sequence[Row]) -> Table:
     """Every way of running a frame: median, tails, frames a second, memory."""
-    cells = []
+    cells: list[list[Cell]] = []
     for row in (r for r in rows if r["op"] == "frame"):
         ways = {**row.get("peer_frames", {}), "ours": row.get("frame_us", row["time_us"])}
         for name, times in ways.items():
@@ -181,7 +186,7 @@ def frames(rows: Sequence[Row]) -> Table:
     return _table(columns, cells)
 
 
-def machine(run: results.Run) -> str:
+def machine(run: run_file.Run) -> str:
     """One line: what was measured where, of which commit, when."""
     meta = run["meta"]
     limits = meta.get("ceilings")

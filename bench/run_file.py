@@ -76,21 +76,41 @@ def write(run: Run, path: Path) -> None:
     write_json(run, path)
 
 
-def write_json(value: Any, path: Path) -> None:
-    """Write beside `path`, then rename: readers see the old file or the new one, never half."""
+def write_json(value: dict[str, Any], path: Path) -> None:
+    """Write beside `path`, then rename: readers see the old file or the new one, never half.
+
+    One line a row (an item of a list, a key of an object, two levels down), for readable diffs.
+    """
+    text = _lines(value)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
     ) as file:
         try:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def _lines(value: dict[str, Any]) -> str:
+    def dumped(item: Any) -> str:
+        return json.dumps(item, allow_nan=False)
+
+    parts = []
+    for key, item in value.items():
+        if isinstance(item, list) and item:
+            body = "[\n" + ",\n".join(map(dumped, item)) + "\n]"
+        elif isinstance(item, dict) and item:
+            inner = (f"{dumped(name)}: {dumped(part)}" for name, part in item.items())
+            body = "{\n" + ",\n".join(inner) + "\n}"
+        else:
+            body = dumped(item)
+        parts.append(f"{dumped(key)}: {body}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def load(path: Path) -> Run:
