@@ -10,6 +10,7 @@ Forms are grouped; one group is one PTX module with one entry per form.
 import functools
 import hashlib
 import re
+import string
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -121,6 +122,11 @@ def module_text(forms, target=None):
     version = max((f.version for f in forms), key=float)
     shared = ".extern .shared .align 1024 .b8 smem[];\n" if any(f.smem_bytes for f in forms) else ""
     return header(target, version) + shared + "\n".join(f.text for f in forms)
+
+
+def kernel(text, **names):
+    """PTX text with every $name replaced; {entry} stays for `Form.text`."""
+    return string.Template(text.strip("\n")).substitute(names)
 
 
 def seed_of(name):
@@ -267,11 +273,12 @@ def groups():
     import ptx_forms_float
     import ptx_forms_integer
     import ptx_forms_matrix
+    import ptx_forms_memory
     import ptx_forms_warp
 
     tables = (ptx_forms_float, ptx_forms_compare, ptx_forms_integer, ptx_forms_cvt, ptx_forms_warp)
     out = {}
-    for table in (*tables, ptx_forms_matrix, ptx_forms_async):
+    for table in (*tables, ptx_forms_memory, ptx_forms_matrix, ptx_forms_async):
         for form in table.forms():
             out.setdefault(form.group, []).append(form)
     names = [f.name for forms in out.values() for f in forms]
