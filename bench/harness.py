@@ -226,20 +226,26 @@ class Uncapturable(RuntimeError):
     """A function that cannot run inside a CUDA-graph capture; the text says why."""
 
 
+# torch's allocator may go on asking a graph whose capture failed; it must not be freed.
+_failed_captures: list[torch.cuda.CUDAGraph] = []
+
+
 def capture(body: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     """Record what `body` launches on torch's current stream in a CUDA graph.
 
     Raises:
         Uncapturable: the body raised, or launched nothing on the captured stream.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             with torch.cuda.graph(graph):
                 body()
         except Exception as error:  # every backend has its own class for a launch that fails
+            torch.cuda.set_stream(stream)  # torch leaves its capture stream current here
             torch.cuda.synchronize()
+            _failed_captures.append(graph)
             first_line = (str(error).splitlines() or [""])[0]
             raise Uncapturable(f"{type(error).__name__}: {first_line[:160]}") from error
     if any("empty" in str(warning.message) for warning in caught):

@@ -20,7 +20,7 @@ from mirage_hello.tools.errors import BadInput, unknown_name
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 EPILOG = """\
 examples:
-  mirage bench --quick                              a few cases of everything, about a minute
+  mirage bench --quick                              a few cases of everything
   mirage bench --op silu --op axpby                 two ops, all sizes
   mirage bench --op attention --case "h8 4096x4096 d40" --backend ptx --cold
   mirage bench --op frame --clip clip.mp4 --frames 1000 --preset 880m

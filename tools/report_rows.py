@@ -64,9 +64,15 @@ def peers_of(rows: Iterable[Row]) -> list[str]:
     return [name for name in ("cuda-graph", *PEERS) if name in found and name != "copy"]
 
 
+def dtype_name(row: Row) -> str:
+    """fp32, fp16, bf16; another dtype by torch's name."""
+    name: str = row["dtype"]
+    return SHORT.get(name, name)
+
+
 def case_title(row: Row) -> str:
     """The case and the short name of the dtype."""
-    return f"{row['case']} {SHORT.get(row['dtype'], row['dtype'])}"
+    return f"{row['case']} {dtype_name(row)}"
 
 
 def geometric_mean(values: Sequence[float]) -> float:

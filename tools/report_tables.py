@@ -9,10 +9,10 @@ from typing import Any
 from mirage_hello.bench import run_file
 from mirage_hello.bench.summary import best_peer, speedup
 from mirage_hello.tools.report_rows import (
-    SHORT,
     Row,
     best_rows,
     case_title,
+    dtype_name,
     geometric_mean,
     peers_of,
     time_text,
@@ -107,7 +107,7 @@ def every_row(rows: Sequence[Row]) -> Table:
             [
                 _text(row["op"]),
                 _text(row["case"]),
-                _text(SHORT.get(row["dtype"], row["dtype"])),
+                _text(dtype_name(row)),
                 _text(row.get("kernel") or row["backend"]),
                 _text(CACHE_NAMES[row.get("cache", "hot")]),
                 _time(time_us["p50"]),
@@ -152,7 +152,7 @@ def parity(rows: Sequence[Row], failures: Sequence[dict[str, Any]]) -> Table:
             continue
         seen.add(key)
         error, allowed = row["parity"]["error"], row["parity"]["allowed"]
-        names = row["op"], row["case"], SHORT.get(row["dtype"], row["dtype"]), row["kernel"]
+        names = row["op"], row["case"], dtype_name(row), row["kernel"]
         numbers: list[Cell] = [(f"{error:.2e}", error), (f"{allowed:.2e}", allowed)]
         cells.append([*map(_text, names), *numbers, _percent(_share(row))])
     return _table(("op", "case", "dtype", "kernel", "error", "allowed", "of the limit"), cells)
