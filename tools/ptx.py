@@ -51,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--block", help="threads; default: the kernel's .reqntid")
     parser.add_argument("--smem", type=int, default=0, help="bytes of dynamic shared memory")
     parser.add_argument("--tensor", action="append", default=[], metavar="NAME=DTYPE[SHAPE]:FILL",
-                        help=f"{', '.join(DTYPES)}; {', '.join(FILLS)} or @file.npy; repeat")  # fmt: skip
+                        help=f"{', '.join(DTYPES)}; {', '.join(FILLS)}, @file.npy")  # fmt: skip
     parser.add_argument("--args", nargs="*", help="the kernel's arguments")
     parser.add_argument("--seed", type=int, default=0, help="of rand and randn")
     parser.add_argument("--early", action="store_true", help="asynchronous copies complete at once")
@@ -124,8 +124,11 @@ def _check_only(args: argparse.Namespace, module) -> int:
         print(json.dumps({"file": args.file.name, "kernels": kernels}, indent=1))
         return 0
     for entry, facts in kernels.items():
-        print(f"{entry}({', '.join(facts['parameters'])}): {facts['instructions']} instructions, "
-              f"{facts['registers']} registers, {facts['shared_static']} B static shared")  # fmt: skip
+        parameters = ", ".join(facts["parameters"])
+        print(
+            f"{entry}({parameters}): {facts['instructions']} instructions, "
+            f"{facts['registers']} registers, {facts['shared_static']} B static shared"
+        )
     print("every instruction is supported; give --args to run the detectors")
     return 0
 
@@ -197,8 +200,10 @@ def _tensor(spec: str, generator):
 
     found = re.fullmatch(r"(\w+)\[([\d,]+)\](?::([\w@./-]+))?", spec)
     if not found or found[1] not in DTYPES:
-        raise BadInput(f"expected DTYPE[SHAPE]:FILL such as f32[64,64]:randn (got {spec!r}); dtypes: "
-                       f"{', '.join(DTYPES)}")  # fmt: skip
+        raise BadInput(
+            f"expected DTYPE[SHAPE]:FILL such as f32[64,64]:randn (got {spec!r}); "
+            f"dtypes: {', '.join(DTYPES)}"
+        )
     names = {"f": "float", "s": "int", "u": "uint", "b": "bfloat"}
     special = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "bf16": "bfloat16"}
     dtype = getattr(torch, special.get(found[1]) or names[found[1][0]] + found[1][1:])

@@ -1,4 +1,4 @@
-"""Runs PTX on a CPU: exact enough that parity tests mean something, watchful where hardware is blind.
+"""Runs PTX on a CPU: exact enough for parity tests to mean something, and it sees what GPUs hide.
 
     from mirage_hello.ptx.emulator import parse, launch
     module = parse(text, name="silu.ptx")
@@ -13,10 +13,13 @@ counts.py and listing.py (what it cost).
 from mirage_hello.ptx.emulator import (  # noqa: F401  (importing fills the table)
     instructions_arithmetic,
     instructions_async,
+    instructions_bulk,
     instructions_control,
+    instructions_convert,
     instructions_logic,
     instructions_mbarrier,
     instructions_memory,
+    instructions_tensor,
     instructions_warp,
     instructions_wgmma,
 )

@@ -179,8 +179,8 @@ class AsyncQueue:
             copies = opened or next(g for g in self.bulk_groups[t] if g)
             self.m.findings.add(
                 "copy-in-flight-at-exit", copies[0].pc, t, None,
-                "the thread exits without cp.async.bulk.wait_group: shared memory may be reused while "
-                "the copy still reads it",
+                "the thread exits without cp.async.bulk.wait_group: shared memory may be reused "
+                "while the copy still reads it",
             )  # fmt: skip
 
     def finish(self):

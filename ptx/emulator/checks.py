@@ -1,8 +1,8 @@
 """Findings: what the emulator saw that the hardware would hide.
 
-`Findings` collects them (one per kind and line, with a count), `EmulatorError` carries them out of
-`launch`, and `Watch` looks after registers: reads before any write, and accumulators or fragments of
-a wgmma that is still in flight.  Shared-memory races are in races.py.
+`Findings` collects them (one per kind and line, with a count), `EmulatorError` carries them out
+of `launch`, and `Watch` looks after registers: reads before any write, and accumulators or
+fragments of a wgmma that is still in flight.  Shared-memory races are in races.py.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 KINDS = {
-    "out-of-bounds": "access outside the allocation, the block's shared memory or the thread's frame",
+    "out-of-bounds": "access outside the tensor, the block's shared memory or the thread's frame",
     "misaligned": "address not a multiple of the access size",
     "uninitialised-shared": "shared memory read before anything was written there",
     "uninitialised-register": "register read before it was written",

@@ -100,8 +100,8 @@ class Counts:
 
     @staticmethod
     def _wavefronts(lanes, addresses, total):
-        """Shared-memory passes: 32 lanes of 4 B, 16 of 8 B or 8 of 16 B at a time; each pass takes as
-        many cycles as one bank has distinct words."""
+        """Shared-memory passes: 32 lanes of 4 B, 16 of 8 B or 8 of 16 B at a time; each pass takes
+        as many cycles as one bank has distinct words."""
         table = lanes.by_warp(addresses)
         phases = max(1, total // 4)
         words = (table >> 2).reshape(len(table) * phases, 32 // phases)

@@ -157,7 +157,9 @@ def div(op):
     if mode:
         return elementwise(op, lambda a, b: approx.div(mode, a, b, ftz), (kind, kind), kind)
     rounding = op.rounding()
-    return elementwise(op, lambda a, b: arith.div(kind, a, b, rounding=rounding, ftz=ftz), (kind, kind), kind)
+    return elementwise(
+        op, lambda a, b: arith.div(kind, a, b, rounding=rounding, ftz=ftz), (kind, kind), kind
+    )
 
 
 @instruction("rem")

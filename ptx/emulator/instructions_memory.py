@@ -230,7 +230,7 @@ def stmatrix(op):
 # ---- cluster addresses -----------------------------------------------------------------------
 @instruction("mapa")
 def mapa(op):
-    """Address of the same shared variable in block `rank` of the cluster: rank + 1 in bits 24-31."""
+    """Address of a shared variable in block `rank` of the cluster: rank + 1 in bits 24-31."""
     kind = op.kind
     generic = "shared::cluster" not in op.mods
 

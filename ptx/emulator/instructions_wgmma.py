@@ -40,7 +40,7 @@ class Product:
         self.a, self.b, self.use_d = a, b, use_d
 
     def run_chain(self, products):
-        """Compute a committed group; products in a row on the same accumulator keep it as a matrix."""
+        """Compute a committed group; products in a row on one accumulator keep it as a matrix."""
         d = None
         for i, p in enumerate(products):
             code = p.code
@@ -185,8 +185,8 @@ def _issue(code, lanes, a, b, use_d):
         if low < SHARED_BASE or high > m.shared_end:
             m.findings.add(
                 "out-of-bounds", pc, first, low,
-                f"a wgmma descriptor covers shared bytes {low - SHARED_BASE} to {high - SHARED_BASE} of a "
-                f"block that has {m.shared_end - SHARED_BASE}",
+                f"a wgmma descriptor covers shared bytes {low - SHARED_BASE} to "
+                f"{high - SHARED_BASE} of a block that has {m.shared_end - SHARED_BASE}",
             )  # fmt: skip
             return
         if m.shadow.on:

@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Lanes:
-    """`sel` indexes register arrays: a slice when the threads are contiguous, else an index array."""
+    """`sel` indexes register arrays: a slice when the threads are contiguous, else indices."""
 
     __slots__ = ("_idx", "_warps", "m", "n", "rows", "sel", "stamp")
 

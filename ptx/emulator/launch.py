@@ -75,7 +75,8 @@ class Launch:
         program, name = self.program, self.program.function.name
         if len(args) != len(program.params):
             raise ValueError(
-                f"{name}: takes {len(program.params)} arguments ({', '.join(program.params)}), got {len(args)}"
+                f"{name}: takes {len(program.params)} arguments ({', '.join(program.params)}), "
+                f"got {len(args)}"
             )
         data = np.zeros(program.param_bytes + 128, np.uint8)
         for (label, (offset, kind, count)), value in zip(program.params.items(), args, strict=True):

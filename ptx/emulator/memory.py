@@ -45,7 +45,7 @@ class Buffer:
         return self.views[total]
 
     def gather(self, offsets, size, count):
-        """Unsigned [n][count] of `size`-byte elements at byte `offsets` (multiples of the total)."""
+        """Unsigned [n][count] of `size`-byte elements at byte `offsets`, multiples of the total."""
         total = size * count
         rows = self.view(total)[offsets // total]
         return rows.view(f"<u{size}").reshape(len(offsets), count)
@@ -63,7 +63,8 @@ def _storage(value):
     if hasattr(value, "untyped_storage"):
         if value.device.type != "cpu":
             raise TypeError(
-                f"launch: the emulator takes CPU tensors (got one on {value.device}); move it with .cpu()"
+                f"launch: the emulator takes CPU tensors (got one on {value.device}); "
+                "move it with .cpu()"
             )
         storage = value.untyped_storage()
         return storage.data_ptr(), storage.nbytes(), value.data_ptr()
@@ -81,7 +82,7 @@ class GlobalMemory:
         self.buffers, self._known = {}, {}
 
     def add(self, value, label):
-        """Register an array or tensor (once per storage); returns the pointer to its first element."""
+        """Register a tensor (once per storage); returns the pointer to its first element."""
         start, nbytes, first = _storage(value)
         if (start, nbytes) not in self._known:
             tag = len(self.buffers) + 1
@@ -192,7 +193,7 @@ def _misaligned(lanes, space, crooked, addresses, total, pc, positions):
     lanes.m.findings.add(
         "misaligned", pc, lanes.thread(at if positions is None else int(positions[at])),
         int(addresses[at]),
-        f"{total}-byte access to {space} memory at {int(addresses[at]):#x}, not a multiple of {total}",
+        f"{total}-byte access to {space} memory at {int(addresses[at]):#x}, no multiple of {total}",
         int(crooked.sum()),
     )  # fmt: skip
 
@@ -231,8 +232,8 @@ def _shared(lanes, addresses, total, pc, positions):
         at = int(np.argmax(outside))
         m.findings.add(
             "out-of-bounds", pc, sub.thread(at), int(addresses[at]),
-            f"{total}-byte access to shared memory at byte {int(inside[at]) - SHARED_BASE} of a block that "
-            f"has {m.shared_end - SHARED_BASE} bytes", int(outside.sum()),
+            f"{total}-byte access to shared memory at byte {int(inside[at]) - SHARED_BASE} of a "
+            f"block that has {m.shared_end - SHARED_BASE} bytes", int(outside.sum()),
         )  # fmt: skip
     crooked = (low != 0) & ~outside
     if crooked.any():

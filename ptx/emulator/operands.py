@@ -44,7 +44,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A memory operand: base register (or None) plus byte offset; `space` overrides the opcode's."""
+    """A memory operand: base register or None, byte offset; `space` overrides the opcode's."""
 
     base: Slot | None
     offset: int

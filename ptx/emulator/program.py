@@ -22,39 +22,8 @@ from mirage_hello.ptx.emulator.operands import (
     TensorPlace,
     Two,
 )
+from mirage_hello.ptx.emulator.specials import SPECIALS
 from mirage_hello.ptx.emulator.table import Op, PtxUnsupported, bind
-
-SPECIALS = frozenset(
-    [
-        "%tid",
-        "%ntid",
-        "%ctaid",
-        "%nctaid",
-        "%clusterid",
-        "%nclusterid",
-        "%cluster_ctaid",
-        "%cluster_nctaid",
-        "%laneid",
-        "%warpid",
-        "%nwarpid",
-        "%cluster_ctarank",
-        "%cluster_nctarank",
-        "%is_explicit_cluster",
-        "%smid",
-        "%nsmid",
-        "%gridid",
-        "%lanemask_eq",
-        "%lanemask_le",
-        "%lanemask_lt",
-        "%lanemask_ge",
-        "%lanemask_gt",
-        "%clock",
-        "%clock64",
-        "%globaltimer",
-        "%dynamic_smem_size",
-        "%total_smem_size",
-    ]
-)
 
 
 def _align(value, to):

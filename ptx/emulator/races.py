@@ -1,43 +1,27 @@
-"""Shared-memory races, by vector clocks.
+"""Shared-memory races: two accesses, one a write, with nothing that orders them.
 
-Who touches shared memory is an agent: a warp (its ordinary accesses), the warp's cp.async engine,
-its bulk-copy engine, a warpgroup's wgmma engine, or an mbarrier (standing for the copies that
-complete on it).  `clocks[cluster, warp, agent]` is the last time of `agent` that the warp knows of:
-barriers and mbarriers carry clocks from those who arrive to those who wait.  Each word of shared
-memory remembers its last writer (agent, time, thread) and the last read of each agent.  An access
-is a race when the other access's time is later than what the accessing warp knows.
+Each word of shared memory remembers its last writer (agent, time, thread, instruction) and the last
+read of each agent.  An access is a race when the other access's time is later than what the
+accessing warp knows (clocks.py).  Atomics, volatile and acquire/release accesses do not race with
+each other; they carry clocks from writer to reader as barriers do.
 
 The same clocks decide whether generic-proxy writes were fenced before the async proxy reads them.
 """
 
 import numpy as np
 
+from mirage_hello.ptx.emulator.clocks import Clocks
 from mirage_hello.ptx.emulator.operands import SHARED_BASE
 
 AGENT, CLOCK, THREAD, TIME, PC = range(5)
 
 
-class Shadow:
-    """Race detector of a batch; `on` is False when checks are off and every method returns at once."""
+class Shadow(Clocks):
+    """Race detector of a batch; `on` is False when checks are off and the methods do nothing."""
 
     def __init__(self, machine):
-        m = self.m = machine
+        super().__init__(machine)
         self.on = machine.launch.checks and machine.shared_end > SHARED_BASE
-        self.warps = m.cluster_size * m.warps_per_block
-        groups = m.cluster_size * -(-m.warps_per_block // 4)
-        self.copy_base, self.bulk_base, self.wgmma_base = (self.warps * k for k in (1, 2, 3))
-        self.barrier_base = self.wgmma_base + groups
-        self.agents = self.barrier_base + 32
-        self._slots = [0] * m.clusters
-        self.clocks = np.zeros((m.clusters, self.warps, self.agents), np.int32)
-        for w in range(self.warps):
-            self.clocks[:, w, w] = 1
-        self.fence_clocks = np.zeros_like(self.clocks)
-        self.fence_time = np.zeros(m.size, np.int32)
-        self.now = 1
-        # Per warp of the batch (thread index // 32): its cluster, and its index in the cluster.
-        self.warp_cluster = m.cluster[::32].copy()
-        self.warp_local = m.warp_in_cluster[::32].copy()
         if self.on:
             self._allocate()
 
@@ -48,51 +32,8 @@ class Shadow:
         self.warp_reads = np.zeros((self.warps, words), np.int32)
         self.engine_reads = {}
         self._any_reads = False
-
-    # ---- clocks ------------------------------------------------------------------------------
-    def snapshot(self, warps):
-        """Clock rows [n][agents] of batch warps."""
-        return self.clocks[self.warp_cluster[warps], self.warp_local[warps]]
-
-    def acquire(self, warps, rows):
-        """The warps learn `rows` ([agents], or one row per warp)."""
-        c, w = self.warp_cluster[warps], self.warp_local[warps]
-        n = rows.shape[-1]
-        known = self.clocks[c, w]
-        known[:, :n] = np.maximum(known[:, :n], rows)
-        self.clocks[c, w] = known
-
-    def tick(self, warps):
-        """A release: later accesses of these warps are no longer covered by what others learnt."""
-        self.clocks[self.warp_cluster[warps], self.warp_local[warps], self.warp_local[warps]] += 1
-
-    def new_barrier_agent(self, cluster):
-        self._slots[cluster] += 1
-        agent = self.barrier_base + self._slots[cluster] - 1
-        if agent >= self.agents:
-            more = ((0, 0), (0, 0), (0, self.agents))
-            self.clocks, self.fence_clocks = (
-                np.pad(a, more) for a in (self.clocks, self.fence_clocks)
-            )
-            self.agents *= 2
-        return agent
-
-    def wgmma_engine(self, group):
-        """Agent of the wgmma engine of batch warpgroup `group` (thread index // 128)."""
-        rank = group % self.m.blocks % self.m.cluster_size
-        return self.wgmma_base + rank * -(-self.m.warps_per_block // 4) + group // self.m.blocks
-
-    def learn(self, warps, agents, clock):
-        """The warps know `agents` (per warp) up to `clock`."""
-        c, w = self.warp_cluster[warps], self.warp_local[warps]
-        self.clocks[c, w, agents] = np.maximum(self.clocks[c, w, agents], clock)
-
-    def proxy_fence(self, lanes):
-        """fence.proxy.async: these threads' earlier writes, and what their warps know, are fenced."""
-        self.now += 1
-        self.fence_time[lanes.sel] = self.now
-        c, w = self.warp_cluster[lanes.warps], self.warp_local[lanes.warps]
-        self.fence_clocks[c, w] = self.clocks[c, w]
+        self.sync = np.array([_is_synchronising(op) for op in self.m.program.ops])
+        self.published = {}
 
     # ---- ordinary accesses -------------------------------------------------------------------
     def _rows(self, offsets, total):
@@ -126,7 +67,11 @@ class Shadow:
         when = last[:, :, CLOCK]
         if not when.all():
             self._uninitialised(lanes, when, offsets, pc)
+        if self.sync[pc]:
+            self._meet(lanes, row, publish=False)
         self._against_writer(lanes, last, cluster, warp, offsets, pc, "read")
+        if self.sync[pc]:
+            return
         own = self.clocks[cluster, warp, warp]
         self.warp_reads.reshape(self.warps, -1, words)[warp, row] = own[:, None]
         self._any_reads = True
@@ -136,7 +81,12 @@ class Shadow:
         words, row = self._rows(offsets, total)
         records = self.record.reshape(-1, words, 5)
         warp, cluster = self.m.warp_in_cluster[lanes.sel], self.m.cluster[lanes.sel]
-        self._against_writer(lanes, records[row], cluster, warp, offsets, pc, "written")
+        last = records[row]
+        if self.sync[pc]:
+            if self.m.program.ops[pc].base in ("atom", "red") and not last[:, :, CLOCK].all():
+                self._uninitialised(lanes, last[:, :, CLOCK], offsets, pc)
+            self._meet(lanes, row, publish=True)
+        self._against_writer(lanes, last, cluster, warp, offsets, pc, "written")
         self._against_readers(lanes, row, words, cluster, warp, offsets, pc)
         self.now += 1
         fresh = np.empty((lanes.n, 5), np.int32)
@@ -154,15 +104,32 @@ class Shadow:
                     "two threads store different values to one address in the same instruction",
                 )  # fmt: skip
 
+    def _meet(self, lanes, row, publish):
+        """A synchronising access: learn what earlier ones on the same words published, and, if it
+        writes, publish what its warps know."""
+        for key in np.unique(row):
+            warps = np.unique(lanes.idx[row == key] >> 5)
+            known = self.published.get(int(key))
+            if known is not None:
+                self.acquire(warps, known)
+            if publish:
+                mine = self.snapshot(warps).max(axis=0)
+                if known is not None:
+                    mine[: len(known)] = np.maximum(mine[: len(known)], known)
+                self.published[int(key)] = mine
+        if publish:
+            self.tick(lanes.warps)
+
     def _against_writer(self, lanes, last, cluster, warp, offsets, pc, verb):
         agent, when = last[:, :, AGENT], last[:, :, CLOCK]
         known = self.clocks[cluster[:, None], warp[:, None], agent]
-        bad = when > known
+        plain = ~self.sync[last[:, :, PC]] if self.sync[pc] else True
+        bad = (when > known) & plain
         if bad.any():
             at, word = np.unravel_index(int(np.argmax(bad)), bad.shape)
             self._conflict(lanes.thread(int(at)), offsets[at], last[at, word], pc, verb, bad)
         # The same warp, since its last synchronisation, but another thread of it.
-        near = (agent == warp[:, None]) & (when == known) & (when > 0)
+        near = (agent == warp[:, None]) & (when == known) & (when > 0) & plain
         if near.any():
             near &= last[:, :, THREAD] != lanes.idx[:, None]
             if near.any():
@@ -175,8 +142,9 @@ class Shadow:
             bad = seen > self.clocks[cluster, warp][:, : self.warps].T[:, :, None]
             if bad.any():
                 reader, at, _ = np.unravel_index(int(np.argmax(bad)), bad.shape)
+                count = int(bad.any((0, 2)).sum())
                 self._report(
-                    "shared-race", lanes.thread(int(at)), offsets[at], pc, int(bad.any((0, 2)).sum()),
+                    "shared-race", lanes.thread(int(at)), offsets[at], pc, count,
                     f"written while warp {self._warp_name(reader)} may still read it",
                 )  # fmt: skip
         for agent, plane in self.engine_reads.items():
@@ -200,7 +168,7 @@ class Shadow:
         return self.record[words, CLOCK] > 0
 
     def async_write(self, thread, words, agent, clock, pc):
-        """An asynchronous write by `agent` (done at its time `clock`) starts, issued by `thread`."""
+        """An asynchronous write by `agent`, done at its time `clock`, is issued by `thread`."""
         if not self.on:
             return
         cluster, warp = int(self.m.cluster[thread]), int(self.m.warp_in_cluster[thread])
@@ -221,15 +189,17 @@ class Shadow:
                 reader, at = np.unravel_index(int(np.argmax(bad)), bad.shape)
                 self._report(
                     "async-race", thread, words[at] * self.granule, pc, int(bad.any(0).sum()),
-                    f"overwritten by an asynchronous copy while warp {self._warp_name(reader)} may still "
-                    "read it",
+                    "overwritten by an asynchronous copy while warp "
+                    f"{self._warp_name(reader)} may still read it",
                 )  # fmt: skip
         for agent, plane in self.engine_reads.items():
             bad = plane[words] > known[agent]
             if bad.any():
+                at = int(np.argmax(bad))
                 self._report(
-                    "async-race", thread, words[int(np.argmax(bad))] * self.granule, pc, int(bad.sum()),
-                    f"overwritten by an asynchronous copy while {self._agent_name(agent)} may still read it",
+                    "async-race", thread, words[at] * self.granule, pc, int(bad.sum()),
+                    "overwritten by an asynchronous copy while "
+                    f"{self._agent_name(agent)} may still read it",
                 )  # fmt: skip
 
     def async_read(self, thread, words, agent, clock, pc):
@@ -322,3 +292,9 @@ def _granule(program):
             bits = {"8": 1, "6": 2 if op.kind in ("b16", "u16", "s16", "f16", "bf16") else 4}
             narrow.append(bits.get(op.kind[-1], 4) if op.kind not in ("f16x2", "bf16x2") else 4)
     return min(narrow)
+
+
+def _is_synchronising(op):
+    if op.base in ("atom", "red"):
+        return True
+    return op.base in ("ld", "st") and op.has("volatile", "relaxed", "acquire", "release", "mmio")

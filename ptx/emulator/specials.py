@@ -2,6 +2,14 @@
 
 import numpy as np
 
+CLOCKS = frozenset(("%clock", "%clock64", "%globaltimer"))
+SPECIALS = CLOCKS.union(
+    ("%tid", "%ntid", "%ctaid", "%nctaid", "%clusterid", "%nclusterid", "%cluster_ctaid",
+     "%cluster_nctaid", "%laneid", "%warpid", "%nwarpid", "%cluster_ctarank", "%cluster_nctarank",
+     "%is_explicit_cluster", "%smid", "%nsmid", "%gridid", "%lanemask_eq", "%lanemask_le",
+     "%lanemask_lt", "%lanemask_ge", "%lanemask_gt", "%dynamic_smem_size", "%total_smem_size")
+)  # fmt: skip
+
 
 class Specials:
     """Values of the special registers of a batch, one array per register, made when first read."""
@@ -12,7 +20,7 @@ class Specials:
     def get(self, name, dtype):
         """Array [threads] of the register `name`, e.g. "%tid.x"."""
         base = name.split(".")[0]
-        if base in ("%clock", "%clock64", "%globaltimer"):
+        if base in CLOCKS:
             self._clock += 32
             return np.full(self.m.size, self._clock, dtype=dtype)
         key = name, dtype
