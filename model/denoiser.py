@@ -121,7 +121,8 @@ class Denoiser(nn.Module):
 
         strength in (0, 1] lowers where it starts. edm: Karras et al. 2022, equation 5, over the
         range [sigma_min, sigma(strength)], with the step from sigma_min to 0 left out: at sigma_min
-        D is the identity, and of two steps one would be lost; eps: evenly spaced training steps below strength * 999.
+        D is the identity, and of two steps one would be lost; eps: evenly spaced training steps
+        below strength * 999.
         """
         if steps < 1:
             raise ValueError(f"sigmas: steps must be at least 1 (got {steps})")

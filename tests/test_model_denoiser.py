@@ -72,6 +72,7 @@ def test_schedules_fall_to_zero_and_strength_lowers_the_start(parametrisation, s
     assert all(a > b for a, b in itertools.pairwise(full))
     assert full[0] == pytest.approx(5.0 if parametrisation == "edm" else 14.6146, rel=1e-4)
     assert half[0] < full[0]
+    assert full[-2] > 0.02  # no step is lost where D is the identity
 
 
 def test_float32_state_survives_a_bfloat16_network() -> None:
