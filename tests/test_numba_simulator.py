@@ -86,4 +86,4 @@ def test_launches_on_torchs_current_stream(dtype):
         x.fill_(2)
         out = elementwise.silu(x)
     stream.synchronize()
-    assert (out == torch.nn.functional.silu(x)).all()
+    assert torch.allclose(out, torch.nn.functional.silu(x), rtol=1e-2)
