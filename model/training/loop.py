@@ -1,0 +1,314 @@
+"""The run: stages in order, each step checked, checkpoints, time limits, and clear ends.
+
+    train(preset("smoke"), Path("out/run"))
+
+A run is a folder: config.json, metrics.jsonl, checkpoints/, samples/, and at the end
+model.safetensors. It may be stopped at any moment and goes on with `resume=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirage_hello.kernels import use
+from mirage_hello.model import checkpoint
+from mirage_hello.model.denoiser import Denoiser
+from mirage_hello.model.presets import build
+from mirage_hello.model.training import state as states
+from mirage_hello.model.training.autoencoder_stage import AutoencoderStage
+from mirage_hello.model.training.config import STAGES, TrainConfig, TrainingError, as_dict
+from mirage_hello.model.training.distill_stage import DistillStage
+from mirage_hello.model.training.journal import Journal
+from mirage_hello.model.training.parallel import Workers, whole
+from mirage_hello.model.training.samples import write_sample
+from mirage_hello.model.training.video_stage import VideoStage
+from mirage_hello.model.unet import VideoUNet
+
+SAVE_SECONDS = 20.0  # kept free at the end of a time limit for the checkpoint
+TOGETHER = 10  # steps between decisions that depend on the time
+LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL", "Gloo", "gloo")
+
+
+@dataclass
+class Options:
+    """How to run, apart from what to train: none of these change the result.
+
+    minutes: end this call after so long (0: no limit); compact: also write the small form there.
+    """
+
+    resume: bool = False
+    resume_from: Path | None = None
+    minutes: float = 0.0
+    device: str | None = None
+    tensorboard: bool = False
+    compact: Path | None = None
+    quiet: bool = False
+
+
+class Run:
+    """One call of `train`: the models, where the run is, and its journal."""
+
+    def __init__(self, config: TrainConfig, out: Path, options: Options) -> None:
+        self.config, self.out, self.options = config, out, options
+        self.began = time.monotonic()
+        self.workers = Workers(config, options.device)
+        self.denoiser, self.autoencoder = build(config.model, config.seed)
+        self.stage_number, self.step, self.stage_s, self.elapsed_s = 0, 0, 0.0, 0.0
+        self.loaded: dict[str, Any] | None = None
+        if options.resume or options.resume_from:
+            self.resume()
+        elif states.checkpoints(out / "checkpoints"):
+            raise TrainingError(
+                f"{out} holds a run already; go on with --resume or give another --out"
+            )
+        self.journal: Journal | None = None
+        if self.workers.first:
+            at = (self.stage_number, self.step) if self.loaded else None
+            self.journal = Journal(out, options.tensorboard, at)
+            (out / "config.json").write_text(json.dumps(as_dict(config), indent=1) + "\n")
+
+    def resume(self) -> None:
+        """Take the weights and the place from the newest checkpoint or the compact form."""
+        options = self.options
+        if options.resume_from:
+            where, loaded = str(options.resume_from), states.load_compact(options.resume_from)
+        else:
+            path, loaded, problems = states.load(self.out / "checkpoints")
+            where = f"checkpoint {path}"
+            for problem in problems:
+                self.say(f"{problem}; an older one is used")
+        states.check_shapes(loaded["autoencoder"], self.autoencoder, where)
+        self.autoencoder.load_state_dict(loaded["autoencoder"])
+        if loaded["stage"] > 0:
+            self.autoencoder.trained = True
+        if "denoiser" in loaded:
+            states.check_shapes(loaded["denoiser"], self.denoiser, where)
+            self.denoiser.load_state_dict(loaded["denoiser"])
+        self.stage_number, self.step = loaded["stage"], loaded["step"]
+        self.elapsed_s, self.stage_s = loaded["elapsed_s"], loaded["stage_s"]
+        self.loaded = loaded
+        if self.stage_number < len(STAGES):
+            self.say(f"resumed from {where}: {STAGES[self.stage_number]} step {self.step}")
+
+    def say(self, text: str) -> None:
+        if self.workers.first and not self.options.quiet:
+            print(text, flush=True)
+
+    # The stages
+
+    def make_stage(self):
+        """The stage at the current number, at the current step."""
+        config, workers = self.config, self.workers
+        name = STAGES[self.stage_number]
+        if name == "autoencoder":
+            stage = AutoencoderStage(config, self.autoencoder, workers)
+        else:
+            kind = VideoStage if name == "video" else DistillStage
+            stage = kind(config, self.unsharded(), self.autoencoder, workers)
+            self.denoiser = stage.denoiser
+        if self.loaded and self.step:
+            ranks = self.loaded.get("ranks")
+            if ranks is not None and len(ranks) != workers.ranks:
+                raise TrainingError(
+                    f"the checkpoint was written by {len(ranks)} processes and this run has "
+                    f"{workers.ranks}; resume with as many"
+                )
+            own = ranks[workers.rank] if ranks else {}
+            stage.load_state_dict({**own, **self.loaded})
+        self.loaded = None
+        stage.start()
+        return stage
+
+    def unsharded(self) -> Denoiser:
+        """The denoiser with whole weights: after FSDP its parameters are shards."""
+        weights = whole(self.denoiser.state_dict())
+        fresh = Denoiser(VideoUNet(self.denoiser.unet.config), self.denoiser.config)
+        fresh.load_state_dict(weights)
+        fresh.unet.trained = self.denoiser.unet.trained
+        return fresh
+
+    def run(self) -> bool:
+        """All stages from the current place; False where the time of this call ended first."""
+        while self.stage_number < len(STAGES):
+            name = STAGES[self.stage_number]
+            if self.length(name) == 0:
+                self.stage_number += 1
+                continue
+            stage = self.make_stage()
+            if not self.run_stage(stage):
+                return False
+            stage.finish()
+            self.stage_number, self.step, self.stage_s = self.stage_number + 1, 0, 0.0
+            if name != "autoencoder" and self.workers.ranks > 1:
+                self.denoiser = self.unsharded()
+            self.save(stage, finished=True)
+        self.export()
+        return True
+
+    def length(self, name: str) -> int:
+        return getattr(self.config, f"{name}_steps")
+
+    def progress(self, stage) -> float:
+        """Of the stage, in [0, 1]: by steps, or by its share of the run's time if that is more."""
+        done = self.step / max(1, stage.steps)
+        limit = 60 * self.config.minutes * self.config.shares[self.stage_number]
+        return max(done, self.stage_s / limit) if limit else done
+
+    def run_stage(self, stage) -> bool:
+        """Steps until the stage is over; False where this call's time is up (state is saved)."""
+        config = self.config
+        held: list[dict[str, Tensor]] = []
+        previous: tuple[Tensor, dict[str, Tensor]] | None = None
+        mark, spent = time.monotonic(), 0.0
+        while (progress := self.progress(stage)) < 1:
+            metrics = stage.step(self.step, progress)
+            if previous is not None:
+                # One step late, so that the device computes while the host looks at the number.
+                self.check(stage, *previous, self.step - 1)
+            previous = (metrics["loss"], stage.batch)
+            held.append(metrics)
+            self.step += 1
+            now = time.monotonic()
+            spent, mark = spent + now - mark, now
+            # Clocks differ between ranks, so what depends on time is decided together.
+            if self.workers.ranks == 1 or self.step % TOGETHER == 0:
+                spent = self.workers.same(spent)
+                self.stage_s, self.elapsed_s = self.stage_s + spent, self.elapsed_s + spent
+                spent = 0.0
+            if self.step % config.log_every == 0:
+                self.log(stage, held)
+                held = []
+            up = False
+            if self.options.minutes and self.step % TOGETHER == 0:
+                used = self.workers.same(now - self.began)
+                up = used > 60 * self.options.minutes - SAVE_SECONDS
+            if up or self.step % config.checkpoint_every == 0:
+                self.check(stage, *previous, self.step - 1)
+                self.save(stage)
+            if config.sample_every and self.step % config.sample_every == 0:
+                self.sample(stage)
+            if up:
+                self.say(f"time is up at {stage.name} step {self.step}; go on with --resume")
+                return False
+        if previous is not None:
+            self.check(stage, *previous, self.step - 1)
+        return True
+
+    def check(self, stage, loss: Tensor, batch: dict[str, Tensor], step: int) -> None:
+        """Stop at a loss that is not finite, with the batch that made it."""
+        value = float(loss)
+        if math.isfinite(value):
+            return
+        path = self.out / f"nan-{stage.name}-{step:08d}-rank{self.workers.rank}.pt"
+        torch.save({"loss": value, "step": step, **{k: v.cpu() for k, v in batch.items()}}, path)
+        older = states.checkpoints(self.out / "checkpoints")
+        last = f"the last good checkpoint is {older[-1]}" if older else "no checkpoint was written"
+        raise TrainingError(
+            f"the loss is {value} at {stage.name} step {step}; its batch is in {path}; {last}; go "
+            "on from there with --resume, with a lower lr or clip_norm if it happens again"
+        )
+
+    def log(self, stage, held: list[dict[str, Tensor]]) -> None:
+        """Means over the last steps, as one line."""
+        names = list(held[0])
+        stacked = torch.stack([torch.stack([m[n].float() for n in names]) for m in held])
+        values = dict(zip(names, stacked.mean(0).tolist(), strict=True))
+        if self.journal is None:
+            return
+        values["elapsed_s"] = self.elapsed_s
+        values["steps_per_s"] = self.step / max(self.stage_s, 1e-9)
+        self.journal.write(stage.name, self.step - 1, values)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+        self.say(f"{stage.name} {self.step}/{stage.steps}  {shown}")
+
+    # Files
+
+    def save(self, stage, finished: bool = False) -> None:
+        """A checkpoint of the current place (collective: every rank calls it)."""
+        state: dict[str, Any] = {
+            "config": json.dumps(as_dict(self.config)),
+            "stage": self.stage_number, "step": self.step,
+            "elapsed_s": self.elapsed_s, "stage_s": self.stage_s,
+            "autoencoder": whole(self.autoencoder.state_dict()),
+            "denoiser": whole(self.denoiser.state_dict()),
+        }  # fmt: skip
+        own = stage.state_dict()
+        optimiser, teacher = own.pop("optimiser"), own.pop("teacher", None)
+        state["pool"] = own["pool"]
+        # At the end of a stage the models are all there is: the next one begins at step 0.
+        state["optimiser"] = {"count": 0} if finished else whole(optimiser)
+        if not finished:
+            state["ranks"] = self.workers.gather(whole(own))
+            if teacher is not None:
+                state["teacher"] = whole(teacher)
+        if not self.workers.first:
+            return
+        name = STAGES[min(self.stage_number, len(STAGES) - 1)]
+        folder = self.out / "checkpoints"
+        states.save(folder, self.stage_number, name, self.step, state, self.config.keep)
+        if self.options.compact:
+            states.save_compact(self.options.compact, state)
+
+    def sample(self, stage) -> None:
+        """A closed-loop video of a held-out world with the averaged weights (first rank writes)."""
+        if stage.name == "autoencoder" or self.config.video:
+            return
+        with stage.optimiser.averaged():
+            denoiser = self.unsharded() if self.workers.ranks > 1 else self.denoiser
+            if self.workers.first:
+                path = self.out / "samples" / f"{stage.name}-{self.step:08d}.mp4"
+                write_sample(path, denoiser, self.autoencoder, self.config, self.workers.device)
+
+    def export(self) -> None:
+        """model.safetensors: what `mirage run --checkpoint` takes."""
+        if not self.workers.first:
+            return
+        notes = {"training": json.dumps(as_dict(self.config)), "seconds": f"{self.elapsed_s:.0f}"}
+        path = self.out / "model.safetensors"
+        checkpoint.save(path, self.denoiser.cpu(), self.autoencoder.cpu(), notes=notes)
+        self.say(f"finished after {self.elapsed_s:.0f} s of training: {path}")
+
+
+def train(config: TrainConfig, out: Path, options: Options | None = None) -> bool:
+    """Run all the stages; True when the run is finished, False when its time ended first.
+
+    Args:
+        config: what to train; out: the run's folder; options: how to run.
+
+    Raises:
+        TrainingError: one sentence about what is wrong (bad input, a loss that is not finite, a
+            full disk, a lost rank, too little memory) and what to do; checkpoints stay whole.
+    """
+    options = options or Options()
+    run = Run(config, out, options)
+    try:
+        # Kernels with a backward are what training needs; torch's are the registry's only ones
+        # that every op has, and a fixed choice keeps a resumed run equal to the killed one.
+        with use("torch"):
+            return run.run()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of GPU memory ({str(error).splitlines()[0]}); lower batch, pool_clips or size, "
+            "or set gradient_checkpointing"
+        ) from error
+    except RuntimeError as error:
+        if run.workers.ranks == 1 or not any(word in str(error) for word in LOST):
+            raise
+        older = states.checkpoints(out / "checkpoints")
+        last = f"the last good checkpoint is {older[-1]}" if older else "no checkpoint was written"
+        raise TrainingError(
+            f"another rank was lost at step {run.step} ({str(error).splitlines()[0][:120]}); "
+            f"{last}; start all ranks again with --resume"
+        ) from error
+    finally:
+        if run.journal is not None:
+            run.journal.close()
+        run.workers.close()

@@ -1,0 +1,97 @@
+"""Live streams: part of each batch goes on from the model's own outputs, as at run time.
+
+Every training step pushes each stream one frame further with the sampler of run time. A stream
+lives on its clip until it is as long as the schedule allows, the clip ends, or the pool replaces
+the clip; then it begins somewhere else, from true frames or from an empty memory. So the cost of
+roll-outs of any length is one or two evaluations a step, without gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mirage_hello.model.memory import ContextMemory
+from mirage_hello.model.training.history import true_memory
+from mirage_hello.model.training.pool import ClipPool
+
+EMPTY_SHARE = 0.3  # of the new streams: begin with an empty memory, as a user's stream does
+
+
+class LiveStreams:
+    """`count` streams over the clips of a pool.
+
+    Attributes: clip, time, age int64 [B]: where each stream is; memory: of their own outputs.
+    """
+
+    def __init__(self, count: int, pool: ClipPool, history: int) -> None:
+        self.pool, self.history, self.count = pool, history, count
+        device, (channels, height, width) = pool.device, pool.targets.shape[2:]
+        self.memory = ContextMemory(count, channels, height, width, history, device=device)
+        self.clip = torch.zeros(count, dtype=torch.int64, device=device)
+        self.time, self.age = self.clip.clone(), self.clip.clone()
+        self.fresh = True
+
+    def begin(self, where: Tensor, generator: torch.Generator) -> None:
+        """Start the streams of a mask (bool [B]) at random places of random clips."""
+        n, frames, _ = self.pool.targets.shape[:3]
+        device = self.clip.device
+
+        def draw(high: int) -> Tensor:
+            return torch.randint(high, (self.count,), generator=generator, device=device)
+
+        def share(value: float) -> Tensor:
+            return torch.rand(self.count, generator=generator, device=device) < value
+
+        clip, time = draw(n), draw(max(1, frames - 2))
+        empty = share(EMPTY_SHARE)
+        old_sink = share(0.7)
+        truth = true_memory(self.pool, clip, time, self.history, old_sink).float()
+        truth = truth * ~empty[:, None, None, None]
+        mask = where[:, None, None, None]
+        channels = self.memory.channels
+        self.memory.history.copy_(torch.where(mask, truth[:, :-channels], self.memory.history))
+        self.memory.sink.copy_(torch.where(mask, truth[:, -channels:], self.memory.sink))
+        # The first output becomes the sink only where the memory is empty.
+        seen = torch.where(empty, 0, time)
+        self.memory.count.copy_(torch.where(where, seen, self.memory.count))
+        self.clip = torch.where(where, clip, self.clip)
+        self.time = torch.where(where, time, self.time)
+        self.age = torch.where(where, 0, self.age)
+
+    def retire(self, longest: int, replaced: Tensor | None, generator: torch.Generator) -> None:
+        """Begin again the streams that are over; `replaced` are slots of the pool, int64 [R]."""
+        over = (self.age >= longest) | (self.time >= self.pool.targets.shape[1])
+        if replaced is not None:
+            over |= torch.isin(self.clip, replaced)
+        if self.fresh:
+            over, self.fresh = torch.ones_like(over), False
+        self.begin(over, generator)
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(memory [B, (K + 1) C, h, w], clip [B], time [B]) of the frame each stream is to draw."""
+        memory = torch.cat((self.memory.history, self.memory.sink), 1)
+        return memory, self.clip, self.time
+
+    @torch.no_grad()
+    def push(self, outputs: Tensor) -> Tensor:
+        """Remember the outputs [B, C, h, w]; returns their errors against the truth."""
+        errors = outputs - self.pool.targets[self.clip, self.time].to(outputs.dtype)
+        self.memory.push(outputs)
+        self.time, self.age = self.time + 1, self.age + 1
+        return errors
+
+    def state_dict(self) -> dict:
+        memory = self.memory
+        return {
+            "history": memory.history.clone(), "sink": memory.sink.clone(),
+            "count": memory.count.clone(), "clip": self.clip, "time": self.time, "age": self.age,
+            "fresh": self.fresh,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("history", "sink", "count"):
+            getattr(self.memory, name).copy_(state[name])
+        device = self.clip.device
+        self.clip, self.time, self.age = (state[k].to(device) for k in ("clip", "time", "age"))
+        self.fresh = state["fresh"]

@@ -1,0 +1,207 @@
+"""Stage 2: the video model, on windows of true frames and on streams of its own outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mirage_hello.model.autoencoder import Autoencoder
+from mirage_hello.model.denoiser import Denoiser
+from mirage_hello.model.memory import LATENT_LIMIT
+from mirage_hello.model.samplers import euler
+from mirage_hello.model.training.config import TrainConfig
+from mirage_hello.model.training.history import ErrorBank, augmented, true_memory
+from mirage_hello.model.training.optimise import Optimiser, autocast
+from mirage_hello.model.training.parallel import Workers
+from mirage_hello.model.training.pool import ClipPool
+from mirage_hello.model.training.streams import LiveStreams
+
+RUN_NOISE = 0.05  # FrameStream's default history_noise: roll-outs happen as at run time
+
+
+@dataclass
+class Batch:
+    """One batch of latents.
+
+    inputs [B, C + (K + 1) C, h, w]: input view, then the memory as the network sees it; level [B];
+    styles int64 [B]; target [B, C, h, w]: the true next frame.
+    """
+
+    inputs: Tensor
+    level: Tensor
+    styles: Tensor
+    target: Tensor
+
+
+class StyledDenoiser(nn.Module):
+    """D(x; sigma) with the tokens of each sample's style: one forward, for DDP and FSDP to wrap."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(
+        self, x: Tensor, sigma: Tensor, inputs: Tensor, styles: Tensor, level: Tensor
+    ) -> Tensor:
+        context = self.denoiser.unet.style_table[styles]
+        return self.denoiser(x, sigma, inputs, context, level)
+
+
+class VideoStage:
+    """Trains `denoiser` on the latents of a finished autoencoder."""
+
+    name = "video"
+
+    def __init__(
+        self, config: TrainConfig, denoiser: Denoiser, autoencoder: Autoencoder, workers: Workers
+    ) -> None:
+        self.config, self.workers = config, workers
+        self.steps, self.lr = config.video_steps, config.lr
+        device = workers.device
+        self.autoencoder = autoencoder.to(device).eval().requires_grad_(False)
+        self.denoiser = denoiser.to(device).train()
+        self.denoiser.unet.gradient_checkpointing = config.gradient_checkpointing
+        self.history = denoiser.unet.config.history
+        self.channels = denoiser.unet.config.latent_channels
+        if config.compile:
+            self.denoiser.unet.compile(dynamic=False)
+        self.module = workers.wrap(StyledDenoiser(self.denoiser), config.parallel)
+        self.optimiser = Optimiser(self.module, config, self.lr)
+        self.pool = ClipPool(
+            config, self.encode, self.channels, device, workers.rank, workers.ranks
+        )
+        self.generator = workers.generator(config.seed, 2)
+        live = round(config.live_share * config.batch)
+        self.streams = LiveStreams(live, self.pool, self.history) if live else None
+        self.bank = ErrorBank(config.bank_size, self.pool.sinks[:1].float())
+        self.batch: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        with autocast(self.config, self.workers.device):
+            return self.autoencoder.encode(frames).float().clamp(-LATENT_LIMIT, LATENT_LIMIT)
+
+    def start(self) -> None:
+        """Render the pool."""
+        self.pool.fill()
+
+    def next_batch(self, number: int, progress: float) -> Batch:
+        """Half windows of true frames with augmented history, half live streams."""
+        config, pool, generator = self.config, self.pool, self.generator
+        replaced = None
+        if number and number % config.refresh_every == 0:
+            replaced = pool.advance()
+        live = self.streams.count if self.streams else 0
+        count, device = config.batch - live, self.workers.device
+        n, frames = pool.targets.shape[:2]
+        clip = torch.randint(n, (count,), generator=generator, device=device)
+        time = torch.randint(frames, (count,), generator=generator, device=device)
+        old_sink = torch.rand(count, generator=generator, device=device) < 0.7
+        memory = true_memory(pool, clip, time, self.history, old_sink).float()
+        if self.streams:
+            spans = config.rollouts
+            longest = spans[min(len(spans) - 1, int(progress * len(spans)))]
+            self.streams.retire(longest, replaced, generator)
+            held, clip_live, time_live = self.streams.read()
+            memory = torch.cat((memory, held))
+            clip, time = torch.cat((clip, clip_live)), torch.cat((time, time_live))
+        own = torch.arange(len(clip), device=device) >= count
+        memory, level = augmented(memory, own, self.bank, config, generator)
+        inputs = torch.cat((pool.views[clip, time].float(), memory), 1)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return Batch(inputs, level, pool.styles[clip], pool.targets[clip, time].float())
+
+    def noised(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, sigma): x = target + sigma noise, ln sigma normal; or the sampler's very start.
+
+        At run time the first x is pure noise, while clean + sigma_max noise still holds a tenth of
+        the frame's mean colour: a model that relies on it loses its colours when it runs.
+        """
+        config, generator = self.config, self.generator
+        limits, batch, device = self.denoiser.config, len(target), target.device
+        sigma = torch.randn(batch, generator=generator, device=device)
+        sigma = (config.sigma_mean + config.sigma_deviation * sigma).exp()
+        sigma = sigma.clamp(limits.sigma_min, limits.sigma_max)
+        start = torch.rand(batch, generator=generator, device=device) < config.start_share
+        sigma = torch.where(start, limits.sigma_max, sigma)
+        noise = torch.randn(target.shape, generator=generator, device=device)
+        kept = (~start)[:, None, None, None]
+        return target * kept + sigma[:, None, None, None] * noise, sigma
+
+    def step(self, number: int, progress: float) -> dict[str, Tensor]:
+        """One optimiser step, then one frame of every live stream."""
+        config, device = self.config, self.workers.device
+        batch = self.next_batch(number, progress)
+        x, sigma = self.noised(batch.target)
+        self.batch = {"x": x, "sigma": sigma, **vars(batch)}
+        with autocast(config, device):
+            denoised = self.module(x, sigma, batch.inputs, batch.styles, batch.level)
+        data = self.denoiser.config.sigma_data
+        weight = (sigma**2 + data**2) / (sigma * data) ** 2  # Karras et al. 2022, table 1
+        error = (denoised.float() - batch.target).square().mean((1, 2, 3))
+        loss = (weight * error).mean()
+        norm = self.optimiser.step(loss, progress)
+        metrics = {"loss": loss.detach(), "error": error.detach().mean(), "norm": norm}
+        if self.streams:
+            metrics["rollout_error"] = self.roll(batch, 1 + number % 2)
+        return metrics
+
+    @torch.no_grad()
+    def sample(self, inputs: Tensor, styles: Tensor, level: Tensor, steps: int) -> Tensor:
+        """The next frame by `steps` Euler steps from pure noise: [B, C, h, w] float32."""
+        device = self.workers.device
+        sigmas = self.denoiser.sigmas(steps)
+        noise = torch.randn(
+            len(inputs), self.channels, *inputs.shape[2:], generator=self.generator, device=device
+        )
+
+        def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
+            levels = torch.full((len(x),), float(sigma), device=device)
+            with autocast(self.config, device):
+                return self.module(x, levels, inputs, styles, level).float()
+
+        return euler(denoise, sigmas[0] * noise, sigmas)
+
+    @torch.no_grad()
+    def roll(self, batch: Batch, steps: int) -> Tensor:
+        """Push every live stream one frame; its error goes to the bank. Returns the mean square."""
+        assert self.streams is not None
+        memory, clip, time = self.streams.read()
+        noise = torch.randn(memory.shape, generator=self.generator, device=memory.device)
+        memory = memory + RUN_NOISE * noise
+        level = torch.full((len(clip),), RUN_NOISE, device=memory.device)
+        inputs = torch.cat((self.pool.views[clip, time].float(), memory), 1)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        outputs = self.sample(inputs, self.pool.styles[clip], level, steps)
+        errors = self.streams.push(outputs)
+        # Four a step: the bank then spans the last bank_size / 4 steps, not the last three.
+        self.bank.add(errors[:: max(1, len(errors) // 4)])
+        return errors.square().mean()
+
+    def finish(self) -> None:
+        """Keep the averaged weights."""
+        self.optimiser.use_average()
+        self.denoiser.eval()
+        self.denoiser.unet.trained = True
+
+    def state_dict(self) -> dict:
+        return {
+            "optimiser": self.optimiser.state_dict(),
+            "pool": self.pool.state_dict(),
+            "generator": self.generator.get_state(),
+            "streams": self.streams.state_dict() if self.streams else None,
+            "bank": self.bank.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.pool.load_state_dict(state["pool"])
+        if "generator" not in state:  # a compact state: a warm restart with new streams
+            self.generator.manual_seed(self.config.seed + state["step"])
+            return
+        self.generator.set_state(state["generator"])
+        self.bank.load_state_dict(state["bank"])
+        if self.streams:
+            self.streams.load_state_dict(state["streams"])

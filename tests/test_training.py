@@ -1,0 +1,452 @@
+"""Training: parts against their definitions, whole runs of a minute model, broken runs."""
+
+import itertools
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from training_driver import Fault, add_minute_model, start
+
+from mirage_hello.model import checkpoint
+from mirage_hello.model.presets import PRESETS, build
+from mirage_hello.model.rollout import Rollout
+from mirage_hello.model.stream import FrameStream
+from mirage_hello.model.training import Options, TrainingError, preset, train
+from mirage_hello.model.training import state as states
+from mirage_hello.model.training.config import TrainConfig, changed, read
+from mirage_hello.model.training.export import export
+from mirage_hello.model.training.history import ErrorBank, augmented, drifted, true_memory
+from mirage_hello.model.training.journal import read as read_metrics
+from mirage_hello.model.training.optimise import Optimiser, learning_rate
+from mirage_hello.model.training.pool import ClipPool, plain_of, plan
+from mirage_hello.model.training.streams import LiveStreams
+from mirage_hello.model.training.video_stage import VideoStage
+
+QUICK = ("model=minute", "size=16", "clip_frames=4", "autoencoder_steps=2", "distill_steps=1")
+
+
+@pytest.fixture(autouse=True)
+def minute_model():
+    add_minute_model()
+    yield
+    PRESETS.pop("minute")
+
+
+def quick(**values) -> TrainConfig:
+    pairs = dict(item.split("=") for item in QUICK)
+    return changed(preset("smoke"), {**pairs, **values})
+
+
+def losses(out) -> dict:
+    return {(r["stage"], r["step"]): r["loss"] for r in read_metrics(Path(out))}
+
+
+# Configuration
+
+
+def test_unknown_key_names_the_nearest():
+    with pytest.raises(TrainingError, match="unknown key 'histroy_noise'; did you mean 'history_n"):
+        changed(preset("smoke"), {"histroy_noise": 0.1})
+    with pytest.raises(TrainingError, match="did you mean 'shipped'"):
+        preset("shiped")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch", "many", "batch must be like"),
+        ("batch", "2.5", "batch must be like"),
+        ("batch", 0, "batch must be at least 1"),
+        ("size", 100, "multiple of 8"),
+        ("compile", "yes", "compile must be like"),
+        ("precision", "fp8", "precision must be bf16 or fp32"),
+        ("pool_clips", 5, "multiple of refresh_clips"),
+    ],
+)
+def test_wrong_values_are_refused(key, value, message):
+    with pytest.raises(TrainingError, match=message):
+        changed(preset("smoke"), {key: value})
+
+
+def test_values_are_read_from_text_and_toml(tmp_path):
+    config = changed(
+        preset("smoke"), {"lr": "1e-3", "compile": "true", "rollouts": "1,2", "seed": "7"}
+    )
+    assert (config.lr, config.compile, config.rollouts, config.seed) == (1e-3, True, (1, 2), 7)
+    (tmp_path / "run.toml").write_text('preset = "smoke"\nbatch = 6\nrollouts = [2, 5]\n')
+    assert read(tmp_path / "run.toml").rollouts == (2, 5)
+    (tmp_path / "bad.toml").write_text("batch = = 6")
+    with pytest.raises(TrainingError, match="not TOML"):
+        read(tmp_path / "bad.toml")
+    with pytest.raises(TrainingError, match="no file"):
+        read(tmp_path / "none.toml")
+
+
+# Parts
+
+
+def test_learning_rate_warms_up_and_decays():
+    rates = [learning_rate(1.0, n, 10, n / 100) for n in range(100)]
+    assert rates[0] == pytest.approx(0.1, rel=0.01) and rates[9] > 0.97
+    assert rates[-1] < 0.06 and all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_optimiser_average_follows_its_formula():
+    module = nn.Linear(2, 2)
+    optimiser = Optimiser(module, quick(ema=0.9, warmup=1), 0.1)
+    expected = module.weight.detach().clone()
+    for n in range(5):
+        optimiser.step(module(torch.ones(1, 2)).square().sum(), 0.0)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * module.weight.detach()
+    torch.testing.assert_close(optimiser.average[0], expected)
+    raw = module.weight.detach().clone()
+    with optimiser.averaged():
+        torch.testing.assert_close(module.weight.detach(), expected)
+    assert torch.equal(module.weight, raw)
+
+
+@pytest.fixture
+def pool():
+    config = quick(pool_clips=2, refresh_clips=2, clip_frames=8)
+    made = ClipPool(config, lambda x: x[:, :, ::8, ::8].repeat(1, 2, 1, 1)[:, :4], 4,
+                    torch.device("cpu"), 0, 1)  # fmt: skip
+    made.fill()
+    return made
+
+
+def test_pools_are_the_same_for_the_same_numbers(pool):
+    config = pool.config
+    again = ClipPool(config, pool.encode, 4, torch.device("cpu"), 0, 1)
+    again.load_state_dict(pool.state_dict())
+    again.fill()
+    assert torch.equal(again.targets, pool.targets) and torch.equal(again.sinks, pool.sinks)
+    other = plan(config, 1, 0, 2)  # another rank sees other clips
+    assert not torch.equal(other.seeds, plan(config, 0, 0, 2).seeds)
+    assert plan(config, 0, 0, 64).seeds.max() < 1 << 30  # never a held-out one
+    replaced = pool.advance()
+    assert replaced.tolist() == [0, 1] and not torch.equal(again.targets, pool.targets)
+
+
+def test_true_memory_is_what_the_ring_buffer_would_hold(pool):
+    from mirage_hello.model.memory import ContextMemory
+
+    for time_ in (0, 2, 6):
+        memory = ContextMemory(1, 4, *pool.targets.shape[3:], history=4)
+        for t in range(time_):
+            memory.push(pool.targets[:1, t])
+        expected = torch.cat((memory.history, memory.sink), 1)
+        at = torch.tensor([time_])
+        got = true_memory(pool, torch.tensor([0]), at, 4, torch.tensor([False]))
+        assert torch.equal(got, expected)
+    far = true_memory(pool, torch.tensor([1]), torch.tensor([6]), 4, torch.tensor([True]))
+    assert torch.equal(far[0, -4:], pool.sinks[1])
+
+
+def test_augmentation_rates_and_levels():
+    config = quick(history_noise=0.3, clean_share=0.2, history_dropout=0.25, corruption=0.5)
+    generator = torch.Generator().manual_seed(0)
+    memory = torch.ones(2000, 20, 2, 2)
+    bank = ErrorBank(8, torch.zeros(1, 4, 2, 2))
+    own = torch.zeros(2000, dtype=torch.bool)
+    noisy, level = augmented(memory, own, bank, config, generator)
+    assert ((level == 0).float().mean() - 0.2).abs() < 0.04 and level.max() <= 0.3
+    exact = noisy[level == 0]
+    assert ((exact == 0).all((1, 2, 3)).float().mean() - 0.25).abs() < 0.07
+    assert ((exact == 1).all((1, 2, 3)).float().mean() - 0.75 * 0.5).abs() < 0.08
+    spread = (noisy - 1).flatten(1).std(1)
+    kept = (level > 0.1) & ((noisy - 1).mean((1, 2, 3)).abs() < 0.05)
+    assert (spread[kept] / level[kept]).mean() == pytest.approx(1.0, abs=0.1)
+    nothing, _ = augmented(memory, own, bank, quick(history=False, history_noise=0.0), generator)
+    assert (nothing == 0).all()
+
+
+def test_drift_is_the_same_for_all_frames_of_a_memory_and_small():
+    generator = torch.Generator().manual_seed(0)
+    frame = torch.randn(64, 4, 8, 8) * 0.5
+    out = drifted(frame.repeat(1, 5, 1, 1), 4, generator)
+    parts = out.chunk(5, 1)
+    for part in parts[1:]:
+        torch.testing.assert_close(part, parts[0])
+    change = (parts[0] - frame).square().mean().sqrt()
+    assert 0.05 < change < 0.4
+
+
+def test_error_bank_is_a_ring():
+    bank = ErrorBank(4, torch.zeros(1, 1, 1, 1))
+    for value in range(6):
+        bank.add(torch.full((1, 1, 1, 1), float(value)))
+    drawn = bank.draw(200, torch.Generator().manual_seed(0)).flatten().unique().tolist()
+    assert drawn == [2, 3, 4, 5]
+
+
+def test_live_streams_end_and_begin_again(pool):
+    generator = torch.Generator().manual_seed(0)
+    streams = LiveStreams(3, pool, 4)
+    streams.retire(4, None, generator)
+    for _ in range(12):
+        memory, _, time_ = streams.read()
+        assert memory.shape == (3, 20, 2, 2) and (time_ < 8).all() and (streams.age < 4).all()
+        errors = streams.push(torch.zeros(3, 4, 2, 2))
+        assert torch.isfinite(errors).all()
+        streams.retire(4, None, generator)
+    streams.retire(100, torch.tensor([0, 1]), generator)
+    assert (streams.age == 0).all()  # the pool replaced every clip
+
+
+def test_plain_view_of_real_frames_is_plain():
+    frames = torch.rand(1, 3, 32, 32) * 2 - 1
+    plain = plain_of(frames)
+    assert plain.shape == frames.shape and len(plain.unique()) <= 6
+
+
+def test_sampler_start_holds_nothing_of_the_target():
+    denoiser, autoencoder = build("minute")
+    from mirage_hello.model.training.parallel import Workers
+
+    config = quick(start_share=1.0, live_share=0.0)
+    stage = VideoStage(config, denoiser, autoencoder, Workers(config, "cpu"))
+    target = torch.full((64, 4, 2, 2), 100.0)
+    x, sigma = stage.noised(target)
+    assert (sigma == denoiser.config.sigma_max).all() and x.mean().abs() < 2
+
+
+def test_rollout_is_frame_stream_for_many(seed):
+    torch.manual_seed(seed)
+    denoiser, autoencoder = build("minute", seed % 1000)
+    frames = torch.randint(0, 256, (3, 16, 24, 3), dtype=torch.uint8)
+    stream = FrameStream(denoiser, autoencoder, steps=1, history_noise=0.0, seed=1, strength=1.0)
+    rollout = Rollout(denoiser, autoencoder, [0], 16, 24, steps=1, history_noise=0.0, seed=1)
+    # The noise comes in another order; without a start from noise both are deterministic.
+    for frame in frames:
+        expected = stream.push(frame)
+        view = frame.permute(2, 0, 1)[None].float() / 127.5 - 1
+        rollout.push(view)
+        assert expected.shape == frame.shape
+    assert rollout.memory.count.tolist() == [3]
+
+
+# Whole runs
+
+
+def test_a_whole_run_ends_with_a_model(tmp_path, capsys):
+    config = quick(sample_every=8, sample_frames=2, video_steps=8)
+    assert train(config, tmp_path / "run", Options(device="cpu"))
+    denoiser, autoencoder = checkpoint.load(tmp_path / "run" / "model.safetensors")
+    assert denoiser.trained and autoencoder.trained
+    stages = {r["stage"] for r in read_metrics(tmp_path / "run")}
+    assert stages == {"autoencoder", "video", "distill"}
+    assert all(math.isfinite(v) for v in losses(tmp_path / "run").values())
+    assert (tmp_path / "run" / "samples" / "video-00000008.mp4").stat().st_size > 500
+    assert "finished" in capsys.readouterr().out
+    with pytest.raises(TrainingError, match="holds a run already; go on with --resume"):
+        train(config, tmp_path / "run", Options(device="cpu"))
+
+
+def test_latents_get_the_deviation_that_the_denoiser_expects(tmp_path):
+    config = quick(autoencoder_steps=6, video_steps=0, distill_steps=0)
+    train(config, tmp_path / "run", Options(device="cpu", quiet=True))
+    _, autoencoder = checkpoint.load(tmp_path / "run" / "model.safetensors")
+    from mirage_hello.model.training.pool import FramePool
+
+    frames = FramePool(config, torch.device("cpu"), 0, 1)
+    frames.fill()
+    pixels = frames.sample(16, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        deviation = autoencoder.encode(pixels).square().mean().sqrt()
+    assert deviation == pytest.approx(0.5, rel=0.15)
+
+
+def test_loss_falls(tmp_path):
+    config = quick(
+        autoencoder_steps=40, video_steps=30, distill_steps=0, batch=8, lr=3e-3, refresh_every=50
+    )
+    train(config, tmp_path / "run", Options(device="cpu", quiet=True))
+    found = losses(tmp_path / "run")
+    for stage, count in (("autoencoder", 40), ("video", 30)):
+        values = [found[stage, n] for n in range(count)]
+        assert sum(values[-10:]) / 10 < 0.9 * sum(values[:3]) / 3, stage
+
+
+def test_a_killed_run_continues_its_loss_curve(tmp_path):
+    config = quick(video_steps=14, checkpoint_every=3)
+    train(config, tmp_path / "whole", Options(device="cpu", quiet=True))
+    whole, options = losses(tmp_path / "whole"), Options(device="cpu", quiet=True)
+    killed = start(config, tmp_path / "killed", options)
+    deadline = time.monotonic() + 90
+    while ("video", 7) not in losses(tmp_path / "killed") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.processes[0].kill()  # SIGKILL: no handler, no farewell
+    assert killed.finish()[0] == [-9]
+    assert ("video", 7) in losses(tmp_path / "killed") and len(losses(tmp_path / "killed")) < 17
+    options.resume = True
+    train(config, tmp_path / "killed", options)
+    assert losses(tmp_path / "killed") == whole
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_together(tmp_path, parallel):
+    config = quick(video_steps=4, checkpoint_every=3, parallel=parallel, keep=9)
+    options = Options(device="cpu", quiet=True)
+    codes, texts = start(config, tmp_path, options, ranks=2).finish()
+    assert codes == [0, 0], texts
+    curve = losses(tmp_path)
+    assert len(curve) == 2 + 4 + 1 and all(math.isfinite(v) for v in curve.values())
+    denoiser, _ = checkpoint.load(tmp_path / "model.safetensors")
+    assert all(torch.isfinite(p).all() for p in denoiser.parameters())
+    for path in states.checkpoints(tmp_path / "checkpoints"):
+        if path.name != "1-video-00000003.pt":
+            path.unlink()
+    options.resume = True
+    with pytest.raises(TrainingError, match=r"written by 2 processes .* resume with as many"):
+        train(config, tmp_path, options)
+
+
+def test_a_lost_rank_is_one_sentence_and_the_run_goes_on_exactly(tmp_path):
+    config = quick(
+        autoencoder_steps=0, distill_steps=0, video_steps=6, checkpoint_every=3, parallel="fsdp",
+        rank_timeout_s=6,
+    )  # fmt: skip
+    options = Options(device="cpu", quiet=True)
+    codes, texts = start(config, tmp_path / "whole", options, ranks=2).finish()
+    assert codes == [0, 0], texts
+    lost = start(config, tmp_path / "lost", options, ranks=2, fault=Fault(die_at=4))
+    codes, texts = lost.finish()
+    assert codes == [2, 9], texts
+    assert "another rank was lost at step 4" in texts[0]
+    assert "1-video-00000003.pt; start all ranks again with --resume" in texts[0]
+    options.resume = True
+    codes, texts = start(config, tmp_path / "lost", options, ranks=2).finish()
+    assert codes == [0, 0], texts
+    whole, again = losses(tmp_path / "whole"), losses(tmp_path / "lost")
+    assert again.keys() == whole.keys()
+    for key, value in whole.items():
+        assert again[key] == pytest.approx(value, rel=1e-4), key
+
+
+# Broken runs
+
+
+def test_nan_stops_with_the_batch_and_the_last_checkpoint(tmp_path, monkeypatch):
+    forward = VideoStage.noised
+
+    def poisoned(self, target):
+        x, sigma = forward(self, target)
+        return (x * math.nan if self.optimiser.count == 5 else x), sigma
+
+    monkeypatch.setattr(VideoStage, "noised", poisoned)
+    config = quick(checkpoint_every=2)
+    with pytest.raises(
+        TrainingError, match="the loss is nan at video step 5; its batch is in"
+    ) as e:
+        train(config, tmp_path, Options(device="cpu", quiet=True))
+    assert "1-video-00000004.pt; go on from there with --resume" in str(e.value)
+    batch = torch.load(tmp_path / "nan-video-00000005-rank0.pt", weights_only=True)
+    assert batch["x"].isnan().all() and batch["target"].isfinite().all()
+    monkeypatch.setattr(VideoStage, "noised", forward)
+    assert train(config, tmp_path, Options(device="cpu", quiet=True, resume=True))
+
+
+def test_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path):
+    options = Options(device="cpu", quiet=True)
+    train(quick(video_steps=3, distill_steps=0), tmp_path, options)
+    before = states.checkpoints(tmp_path / "checkpoints")
+    options.resume = True
+    config = quick(video_steps=3, checkpoint_every=1, distill_steps=2)
+    codes, texts = start(config, tmp_path, options, fault=Fault(file_limit=100_000)).finish()
+    assert codes == [2] and "the disk is full" in texts[0], texts
+    assert f"the last good checkpoint is {before[-1]}; free space" in texts[0]
+    assert states.checkpoints(tmp_path / "checkpoints") == before
+    assert not list((tmp_path / "checkpoints").glob("*.part"))
+    states.load(tmp_path / "checkpoints")
+
+
+def test_checkpoint_of_another_shape(tmp_path):
+    train(quick(video_steps=2, distill_steps=0), tmp_path, Options(device="cpu", quiet=True))
+    other = PRESETS["minute"]
+    from dataclasses import replace
+
+    PRESETS["minute"] = replace(other, unet=replace(other.unet, channels=(24, 16)))
+    with pytest.raises(
+        TrainingError, match=r"has shape \[.*\], this model's has \[.*\]; resume with"
+    ):
+        train(quick(), tmp_path, Options(device="cpu", quiet=True, resume=True))
+    with pytest.raises(TrainingError, match="no checkpoint to resume from"):
+        train(quick(), tmp_path / "empty", Options(device="cpu", quiet=True, resume=True))
+
+
+def test_a_cut_checkpoint_falls_back_to_the_one_before(tmp_path):
+    config = quick(video_steps=6, distill_steps=0, checkpoint_every=2, keep=3)
+    train(config, tmp_path, Options(device="cpu", quiet=True))
+    newest = states.checkpoints(tmp_path / "checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:5000])
+    path, state, problems = states.load(tmp_path / "checkpoints")
+    assert path != newest and state["step"] == 6 and "cannot be read" in problems[0]
+
+
+def test_empty_video_folder_is_one_line(tmp_path, capsys):
+    from mirage_hello.tools import cli
+
+    (tmp_path / "clips").mkdir()
+    words = ["train", "--preset", "smoke", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert cli.main([*words, "--video", str(tmp_path / "clips"), "--set", *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert "no readable video" in error and error.count("\n") == 1
+
+
+def test_training_on_real_clips_resumes_in_place(tmp_path):
+    from test_video_data import encode
+
+    (tmp_path / "clips").mkdir()
+    encode(tmp_path / "clips" / "a.mp4")
+    config = quick(
+        video=str(tmp_path / "clips"), video_steps=8, refresh_every=2, checkpoint_every=3
+    )
+    train(config, tmp_path / "whole", Options(device="cpu", quiet=True))
+    for path in states.checkpoints(tmp_path / "whole" / "checkpoints"):
+        path.unlink()
+    config_short = changed(config, {"video_steps": 6, "distill_steps": 0})
+    train(config_short, tmp_path / "part", Options(device="cpu", quiet=True))
+    for path in states.checkpoints(tmp_path / "part" / "checkpoints"):
+        if path.name.startswith("2"):
+            path.unlink()
+    train(config, tmp_path / "part", Options(device="cpu", quiet=True, resume=True))
+    whole, part = losses(tmp_path / "whole"), losses(tmp_path / "part")
+    same = [k for k in whole if k[0] == "autoencoder"]
+    assert all(whole[k] == part[k] for k in same) and whole.keys() == part.keys()
+
+
+def test_compact_state_is_small_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(states, "PART_BYTES", 100_000)
+    config = quick(video_steps=12, checkpoint_every=4, distill_steps=3)
+    options = Options(device="cpu", quiet=True, compact=tmp_path / "small", minutes=1e-9)
+    assert not train(changed(config, {"autoencoder_steps": 2}), tmp_path / "a", options)
+    parts = sorted((tmp_path / "small").glob("compact-*.safetensors"))
+    assert len(parts) > 1 and max(p.stat().st_size for p in parts) < 130_000
+    options = Options(device="cpu", quiet=True, resume_from=tmp_path / "small")
+    assert train(config, tmp_path / "b", options)
+    rows = read_metrics(tmp_path / "b")
+    assert rows[0]["stage"] == "video" and rows[0]["step"] == 10
+    export(tmp_path / "small", config, tmp_path / "m.safetensors")
+    denoiser, _ = checkpoint.load(tmp_path / "m.safetensors")
+    assert denoiser.trained
+
+
+def test_tensorboard_or_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(TrainingError, match="tensorboard package is not installed"):
+        train(quick(), tmp_path, Options(device="cpu", tensorboard=True))
+
+
+def test_list_prints_the_settings(capsys):
+    from mirage_hello.tools import cli
+
+    assert cli.main(["train", "--preset", "smoke", "--set", "batch=3", "--list"]) == 0
+    assert json.loads(capsys.readouterr().out)["batch"] == 3
+    assert cli.main(["train", "--preset", "smoke", "--set", "batchh=3", "--list"]) == 2
+    assert "did you mean 'batch'" in capsys.readouterr().err

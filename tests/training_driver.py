@@ -1,0 +1,101 @@
+"""Training runs in processes of their own that a test can kill, starve of disk space, or lose.
+
+They are forked from the test process, so that they start at once, without importing torch again.
+"""
+
+import multiprocessing
+import os
+import resource
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mirage_hello.model.autoencoder import AutoencoderConfig
+from mirage_hello.model.denoiser import DenoiserConfig
+from mirage_hello.model.presets import PRESETS, Preset
+from mirage_hello.model.training import Options, TrainConfig, TrainingError, train
+from mirage_hello.model.training.video_stage import VideoStage
+from mirage_hello.model.unet import UNetConfig
+
+
+def add_minute_model() -> None:
+    """The preset "minute": 101 thousand parameters."""
+    unet = UNetConfig(
+        channels=(16, 16),
+        heads=(1, 1),
+        transformers=(False, True),
+        blocks_per_level=1,
+        context_dim=16,
+        groups=8,
+        styles=8,
+        context_tokens=2,
+    )
+    PRESETS["minute"] = Preset(unet, AutoencoderConfig(channels=(8, 8, 8)), DenoiserConfig())
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a run: its last rank ends without a word at video step `die_at`; files grow
+    to at most `file_limit` bytes, as on a full disk."""
+
+    die_at: int = -1
+    file_limit: int = 0
+
+
+@dataclass
+class Started:
+    """Running processes of one run; `finish` waits and gives exit codes and error texts."""
+
+    processes: list = field(default_factory=list)
+    texts: list[Path] = field(default_factory=list)
+
+    def finish(self) -> tuple[list[int], list[str]]:
+        for process in self.processes:
+            process.join(90)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        return [p.exitcode for p in self.processes], [t.read_text() for t in self.texts]
+
+
+def start(
+    config: TrainConfig, out: Path, options: Options, ranks: int = 1, fault: Fault | None = None
+) -> Started:
+    """Train in `ranks` new processes joined by gloo, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context, started = multiprocessing.get_context("fork"), Started()
+    out.mkdir(parents=True, exist_ok=True)
+    for rank in range(ranks):
+        text = out / f"error-{rank}.txt"
+        text.write_text("")
+        arguments = (config, out, options, rank, ranks, port, fault or Fault(), text)
+        process = context.Process(target=child, args=arguments)
+        process.start()
+        started.processes.append(process)
+        started.texts.append(text)
+    return started
+
+
+def child(config, out, options, rank, ranks, port, fault, text) -> None:
+    """One rank; ends with code 2 and its sentence in `text` where training cannot go on."""
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if fault.file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault.file_limit, fault.file_limit))
+    step = VideoStage.step
+
+    def step_or_die(self, number, progress):
+        if number == fault.die_at and rank == ranks - 1:
+            os._exit(9)
+        return step(self, number, progress)
+
+    VideoStage.step = step_or_die
+    try:
+        train(config, out, options)
+    except TrainingError as error:
+        text.write_text(str(error))
+        os._exit(2)
+    os._exit(0)
