@@ -18,25 +18,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mirage_hello.kernels import forget_choices, ops, use
-from mirage_hello.kernels.parity import exact_float32, in_float64, judge
+from mirage_hello.kernels import forget_choices, use
+from mirage_hello.kernels.parity import exact_float32
 from mirage_hello.model import build
 
-from . import peers
 from .case import Draw
 from .harness import Function, Timing, measure
 from .rows import STEP_SECONDS, Begin, Options, Outcome
 
 MODEL_SECONDS = 180.0  # building the largest model, selecting and proving its kernels
-RESIDUAL_BLOCKS = ((320, 64), (640, 32), (1280, 16))  # (channels, size) of Stable Diffusion's
-RESIDUAL_BLOCKS_CPU = ((32, 16),)
 FACTOR = 8  # pixels to latents
 
 
@@ -50,14 +46,11 @@ class Unit:
 
 def units(group: str, options: Options, limits: dict[str, Any]) -> Iterator[Unit]:
     """What a group of the model measures: "residual_block", "unet_step" or "frame"."""
-    from . import frames
+    from . import frames, residual_block
 
     dtype = model_dtype(options)
     if group == "residual_block":
-        blocks = RESIDUAL_BLOCKS if options.device == "cuda" else RESIDUAL_BLOCKS_CPU
-        for channels, size in blocks:
-            where = {"op": group, "case": f"{channels}->{channels} @{size}", "dtype": dtype}
-            yield Unit(where, _residual_block(where, channels, size, options, limits))
+        yield from residual_block.units(options, limits)
         return
     models = Models(options)
     height, width = options.size
@@ -169,7 +162,7 @@ def _unet_step(where: dict[str, str], models: Models, limits: dict[str, Any]):
         allowed = 2 * plain_error
         parity = {"error": error, "allowed": allowed, "plain_error": plain_error}
         if not error <= allowed:
-            return _model_failure(where, parity)
+            return model_failure(where, parity)
         contenders: dict[str, Function] = {"torch-eager": plain, "ours": ours}
         extra: dict[str, Any] = {"parity": parity, "kernels": chosen}
         plainly = {"torch-eager"}
@@ -223,72 +216,6 @@ def compile_seconds(options: Options) -> float:
     return max(30.0, min(options.compile_seconds, 0.5 * (options.deadline - time.time())))
 
 
-# --------------------------------------------------------------------------- residual block
-
-
-def _block(fn: Any, x: Tensor, bias: Tensor, w1: Tensor, w2: Tensor, norm: Tensor, b: Tensor):
-    """conv(silu(norm(conv(silu(norm(x))) + bias))) + x, by the functions of `fn`."""
-    h = fn.group_norm_silu(x, 32, norm, b, 1e-5)
-    h = fn.conv2d(h, w1, b, 1, 1, bias, None)
-    h = fn.group_norm_silu(h, 32, norm, b, 1e-5)
-    return fn.conv2d(h, w2, b, 1, 1, None, x)
-
-
-def _residual_block(
-    where: dict[str, str], channels: int, size: int, options: Options, limits: dict[str, Any]
-):
-    """GroupNorm+SiLU, conv + time bias, GroupNorm+SiLU, conv + residual; batch 1, NHWC."""
-
-    def run(begin: Begin, lost: Any) -> Outcome:
-        begin("build and parity", MODEL_SECONDS)
-        inputs = _block_inputs(Draw(options.device, dtype, options.seed), channels, size)
-        reference = {op: getattr(ops, op).reference for op in ("group_norm_silu", "conv2d")}
-        plain = under("torch", lambda: _block(ops, *inputs))
-        ours = under("auto", lambda: _block(ops, *inputs))
-        with torch.no_grad(), exact_float32(), chosen_kernels() as chosen:
-            truth = _block(SimpleNamespace(**reference), *in_float64(inputs))
-            parity = judge(ours(), plain(), truth)
-        numbers = {"error": parity.error, "allowed": parity.allowed}
-        if not parity.passed:
-            return _model_failure(where, numbers)
-        eager = SimpleNamespace(**peers.EAGER)
-        contenders: dict[str, Function] = {
-            "torch-eager": lambda: _block(eager, *inputs),
-            "ours": ours,
-        }
-        if options.device == "cuda" and "torch-compile" not in lost:
-            begin("torch-compile", compile_seconds(options))
-            compiled = torch.compile(
-                lambda *args: _block(eager, *args), fullgraph=True, dynamic=False
-            )
-            with torch.no_grad():
-                compiled(*inputs)
-            contenders["torch-compile"] = lambda: compiled(*inputs)
-        begin("timing", STEP_SECONDS)
-        timings = measure(contenders, options.device, effort=options.effort)
-        # Two 3x3 convolutions of 2 C^2 9 S^2 each; x, both weights and the result move at least.
-        flops = 2 * 2 * channels**2 * 9 * size**2
-        moved = (2 * channels * size**2 + 2 * 9 * channels**2) * dtype.itemsize
-        row = model_row(where, timings, (flops, moved), limits)
-        return Outcome(rows=[row | {"parity": numbers, "kernels": chosen, "layout": "nhwc"}])
-
-    dtype = getattr(torch, where["dtype"])
-    return run
-
-
-def _block_inputs(draw: Draw, channels: int, size: int) -> tuple[Tensor, ...]:
-    """x, time bias [1, C], the two filters, the norms' weight and the biases [C]."""
-    scale = (9 * channels) ** -0.5
-    return (
-        draw.image(1, channels, size, size),
-        draw.normal(1, channels),
-        draw.image(channels, channels, 3, 3, scale=scale),
-        draw.image(channels, channels, 3, 3, scale=scale),
-        draw.normal(channels),
-        draw.normal(channels),
-    )
-
-
 # ------------------------------------------------------------------------------------ rows
 
 
@@ -323,7 +250,7 @@ def model_row(
     }
 
 
-def _model_failure(where: dict[str, str], parity: dict[str, float]) -> Outcome:
+def model_failure(where: dict[str, str], parity: dict[str, float]) -> Outcome:
     reason = f"error {parity['error']:.2e} of {parity['allowed']:.2e} allowed"
     failure = {**where, "backend": "auto", "kernel": f"{where['op']}/auto", "reason": reason}
     return Outcome(failures=[failure])

@@ -3,10 +3,11 @@
 The same cases, inputs and parity rule as `mirage bench`; `--benchmark-only` prints the table.
 """
 
+import numpy as np
 import pytest
 import torch
 
-from mirage_hello.bench import peers, worker
+from mirage_hello.bench import frames, model, peers, run_file, worker
 from mirage_hello.bench.case import PEERS
 from mirage_hello.bench.rows import INTERPRETED, Options, left_out, prepare
 from mirage_hello.kernels import ops
@@ -59,5 +60,51 @@ def test_every_peer_of_a_quick_case_runs_on_the_gpu(group):
         for name, function in functions.items():
             out = function(*subject.args)
             if name != "copy":
-                error = (out.double() - subject.truth.double()).norm() / subject.truth.double().norm()
+                error = (
+                    out.double() - subject.truth.double()
+                ).norm() / subject.truth.double().norm()
                 assert error < 2e-2, (case.op, case.name, name)
+
+
+class TestModelRows:
+    LIMITS = {"copy_gbps": 10.0, "matrix_tflops": {"float32": 0.1}, "launch_us": 1.0}  # noqa: RUF012
+
+    def test_a_residual_block_has_a_row(self):
+        options = Options(device="cpu", quick=True)
+        (unit,) = model.units("residual_block", options, self.LIMITS)
+        outcome = unit.run(lambda step, seconds: None, ())
+        (row,) = outcome.rows
+        run = run_file.new_run("cpu", "0123456")
+        run["rows"] = outcome.rows
+        run_file.validate(run)
+        assert row["parity"]["error"] <= row["parity"]["allowed"]
+        assert set(row["kernels"]) == {"conv2d", "group_norm_silu"} and row["peers"]
+
+    def test_a_clip_plays_to_and_fro(self):
+        clip = np.arange(4)
+        assert [*frames._played(clip, 0, 9)] == [0, 1, 2, 3, 2, 1, 0, 1, 2]
+        assert [*frames._played(clip, 3, 3)] == [3, 2, 1]
+        assert [*frames._played(clip[:1], 0, 3)] == [0, 0, 0]
+
+    def test_the_shipped_clip_is_read_at_the_size_asked_for(self):
+        clip, name = frames.read_clip(Options(size=(64, 96), frames=12))
+        assert clip.shape == (12, 64, 96, 3) and clip.dtype == np.uint8 and "12 frames" in name
+
+    def test_a_clip_of_another_size_is_refused(self, tmp_path):
+        np.save(tmp_path / "clip.npy", np.zeros((2, 8, 8, 3), np.uint8))
+        with pytest.raises(ValueError, match="expected"):
+            frames.read_clip(Options(clip=str(tmp_path / "clip.npy"), size=(64, 64)))
+
+    @pytest.mark.parametrize(
+        "copies, only_the_frame",
+        [
+            ([("Memcpy HtoD", 12), ("Memcpy DtoH", 12)], True),
+            ([("Memcpy HtoD", 12), ("Memcpy HtoD", 4), ("Memcpy DtoH", 12)], False),
+            ([("Memcpy HtoD", 12), ("Memcpy DtoH", 13)], False),
+            ([("Memcpy HtoD", 12)], False),
+            ([], False),
+        ],
+    )
+    def test_what_may_cross_the_bus(self, copies, only_the_frame):
+        listed = [{"name": name, "bytes": size} for name, size in copies]
+        assert frames._is_the_frame(listed, frame_bytes=12) == only_the_frame
