@@ -59,7 +59,8 @@ def test_rows_have_mean_0_and_variance_1(device, length, shift, scale):
     x = shift + draw(device, torch.float32, 4, length, scale=scale)
     for name, out in outputs("layer_norm", x, eps=0.0):
         out = out.double()
-        assert out.mean(-1).abs().max() < 2e-4, name
+        # The mean is at most 100, the spread at least 0.125: 800 * 2^-24 a rounding, times 20.
+        assert out.mean(-1).abs().max() < 1e-3, name
         assert (out.var(-1, unbiased=False) - 1).abs().max() < 2e-3, name
 
 

@@ -112,15 +112,18 @@ def merge_kernel(
     sample = tl.program_id(0) // G
     inner = tl.arange(0, BLOCK_C)
     channels = tl.program_id(0) % G * width + inner
-    # Reduce: the mean first, then every run's distance from it.
+    # Reduce: the mean first, from its distance to the group's first mean, since a sum of large
+    # weighted means would round at their size; then every run's distance from it.
+    origin = tl.load(means + (sample * runs).to(tl.int64) * C + tl.program_id(0) % G * width)
     weighted = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for first in range(0, runs, BLOCK_R):
         run = first + tl.arange(0, BLOCK_R)
         mask = (run < runs)[:, None] & (inner < width)[None, :]
         count = tl.minimum(run_pixels, S - run * run_pixels).to(tl.float32)[:, None]
         offsets = (sample * runs + run).to(tl.int64)[:, None] * C + channels[None, :]
-        weighted += tl.load(means + offsets, mask=mask, other=0.0) * tl.where(mask, count / S, 0.0)
-    mean = tl.sum(tl.sum(weighted, 1), 0) / width
+        delta = tl.load(means + offsets, mask=mask, other=0.0) - origin
+        weighted += delta * tl.where(mask, count / S, 0.0)
+    mean = origin + tl.sum(tl.sum(weighted, 1), 0) / width
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for first in range(0, runs, BLOCK_R):
         run = first + tl.arange(0, BLOCK_R)
