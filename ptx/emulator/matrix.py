@@ -10,9 +10,7 @@ With lane = 4*g + q (g = lane // 4, q = lane % 4) and e elements of a 32-bit reg
 
 One formula covers every element width: 16 bits (e_count 2), 8 bits (4), tf32 (1).
 
-Numerics.  Products are exact; the k products of one instruction and the accumulator are added in
-float64 and rounded once (to nearest) to the accumulator's type.  The hardware adds the same terms
-with fewer guard bits and truncates: see `accumulate` for the distance.
+Numerics: tensorcore.py, bit for bit the hardware's.
 Source: PTX ISA 8.x, "Warp Level Matrix Instructions".
 """
 
@@ -20,6 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from mirage_hello.ptx.emulator import tensorcore
 from mirage_hello.ptx.emulator.cvt import integer_values
 from mirage_hello.ptx.emulator.formats import FORMATS, decode, encode
 
@@ -102,30 +101,6 @@ def values(kind, bits):
     return integer_values(kind, bits) if kind in ("s8", "u8", "s32") else decode(kind, bits)
 
 
-def accumulate(a, b, c, kind, satfinite=False):
-    """d = a @ b + c, the arithmetic of one tensor-core instruction.
-
-    Args: a [..., M, K], b [..., K, N] element values (float64 or int64); c [..., M, N] raw bits of
-    the accumulator or None for zero; kind of the accumulator: "f32", "f16" or "s32"; satfinite
-    clamps s32 instead of wrapping.
-    Returns: raw bits [..., M, N].
-    Numerics: products exact, one float64 sum per element, one rounding to nearest.  Against
-    hardware expect |d_hw - d| <= (K + 1) * 2**-23 * (sum |a*b| + |c|) for f32 with 16-bit or tf32
-    operands (guard bits are dropped and the sum is truncated) and 2**-13 instead of 2**-23 for
-    wgmma on fp8.
-    """
-    if kind == "s32":
-        total = a @ b + (0 if c is None else integer_values("s32", c))
-        if satfinite:
-            total = np.clip(total, -(1 << 31), (1 << 31) - 1)
-        return (total & 0xFFFFFFFF).astype(np.uint32)
-    with np.errstate(all="ignore"):
-        total = a @ b
-        if c is not None:
-            total = total + decode(kind, c)
-    return encode(kind, total)
-
-
 def mma(shape, kinds, a, b, c, satfinite=False):
     """mma.sync.aligned.<shape>.row.col.<d>.<a>.<b>.<c>.
 
@@ -146,7 +121,12 @@ def mma(shape, kinds, a, b, c, satfinite=False):
     c_bits = to_matrix(c, c_index, (m, n), ELEMENT_BITS[c_kind])
     if c_kind != d_kind:
         c_bits = encode(d_kind, decode(c_kind, c_bits))
-    d = accumulate(a_values, b_values, c_bits, d_kind, satfinite)
+    if a_kind in ("e4m3", "e5m2"):
+        d = tensorcore.accumulate_fp8_mma(a_values, b_values, c_bits, a_kind, b_kind)
+    else:
+        d = tensorcore.accumulate(
+            a_values, b_values, c_bits, d_kind, a_kind, b_kind, satfinite=satfinite
+        )
     return from_matrix(d, c_fragment(n, ELEMENT_BITS[d_kind]))
 
 

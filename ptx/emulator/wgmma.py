@@ -3,7 +3,7 @@
 A comes from registers (always K-major) or, like B always, from shared memory through a descriptor
 (swizzle.py).  K is 32 bytes of elements: 16 for f16/bf16, 8 for tf32, 32 for e4m3/e5m2/s8/u8.
 Registers are uint32 [registers][128 threads]; the fragments are those of mma.sync with row
-16 * warp added (matrix.py).  Numerics: `matrix.accumulate`.
+16 * warp added (matrix.py).  Numerics: tensorcore.py.
 Source: PTX ISA 8.x, "Asynchronous Warpgroup Level Matrix Instructions".
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mirage_hello.ptx.emulator import matrix
+from mirage_hello.ptx.emulator import matrix, tensorcore
 from mirage_hello.ptx.emulator.matrix import ELEMENT_BITS
 from mirage_hello.ptx.emulator.swizzle import Descriptor
 
@@ -90,7 +90,10 @@ def multiply(shape, a, b, d=None, scale_a=1, scale_b=1, satfinite=False):
     """
     x, y = matrix.values(shape.a, a), matrix.values(shape.b, b)
     sign = scale_a * scale_b
-    return matrix.accumulate(x if sign == 1 else -x, y.T, d, shape.d, satfinite)
+    short = shape.a in ("e4m3", "e5m2")
+    return tensorcore.accumulate(
+        x if sign == 1 else -x, y.T, d, shape.d, shape.a, shape.b, short, satfinite
+    )
 
 
 def execute(
