@@ -1,7 +1,7 @@
 """Planted faults: each detector finds its own, at the right line; the clean kernels raise nothing.
 
-A fault is an edit of a clean kernel of tests/ptx: the text to replace, what replaces it, the kind of
-finding and the instruction that must be named.
+A fault is an edit of a clean kernel of tests/ptx: the text to replace, what replaces it, the kind
+of finding and the instruction that must be named.
 """
 
 import re
@@ -110,7 +110,8 @@ FAULTS = [
           "@%leader fence.proxy.async.shared::cta;", "missing-proxy-fence", "cp.async.bulk"),
     Fault("no barrier before the store", "tile_add_one",
           "fence.proxy.async.shared::cta;          // every writer, before the barrier\n"
-          "    bar.sync        0;", "fence.proxy.async.shared::cta;", "shared-race", "cp.async.bulk"),
+          "    bar.sync        0;", "fence.proxy.async.shared::cta;", "shared-race",
+          "cp.async.bulk"),
     Fault("exit while the store reads", "tile_add_one", "cp.async.bulk.wait_group.read 0;", "",
           "copy-in-flight-at-exit", "cp.async.bulk.tensor.2d.global"),
     Fault("too many bytes expected", "tile_add_one", "[%bar], 4096;", "[%bar], 4160;",
@@ -137,14 +138,15 @@ FAULTS = [
     Fault("descriptor beyond shared memory", "wgmma_tile", "add.u64         %desc_b, %desc_a, 256;",
           "add.u64 %desc_b, %desc_a, 320;", "out-of-bounds", "wgmma.mma_async"),
     Fault("wgmma by one warp less", "wgmma_tile", "    wgmma.fence.sync.aligned;",
-          "    setp.ge.u32 %is_first, %tx, 96;\n    @%is_first bra SKIP;\n    wgmma.fence.sync.aligned;",
+          "    setp.ge.u32 %is_first, %tx, 96;\n    @%is_first bra SKIP;\n"
+          "    wgmma.fence.sync.aligned;",
           "divergent-aligned", "wgmma.fence"),
     Fault("cp.async not waited for", "mma_tile", "cp.async.wait_group 0;", "cp.async.wait_group 1;",
           "async-race", "ldmatrix"),
     Fault("ldmatrix by half a warp", "mma_tile", "    ldmatrix.sync.aligned.m8n8.x4",
           "    @%has_b ldmatrix.sync.aligned.m8n8.x4", "divergent-aligned", "ldmatrix"),
-    Fault("ldmatrix row misaligned", "mma_tile", "[%at+512];\n    mov.f32", "[%at+520];\n    mov.f32",
-          "misaligned", "ldmatrix"),
+    Fault("ldmatrix row misaligned", "mma_tile", "[%at+512];\n    mov.f32",
+          "[%at+520];\n    mov.f32", "misaligned", "ldmatrix"),
     Fault("shuffle from a lane elsewhere", "mma_tile", "    cp.async.commit_group;",
           "    @%has_b shfl.sync.down.b32 %t0, %t0, 1, 31, 0xFFFF;\n    cp.async.commit_group;",
           "shuffle-inactive", "shfl.sync"),

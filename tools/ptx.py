@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if args.what == "check" and args.args is None:
             return _check_only(args, module)
         return _launch(args, module)
-    except (emulator.PtxSyntaxError, emulator.PtxUnsupported, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from error
 
 

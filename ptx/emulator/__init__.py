@@ -26,13 +26,14 @@ from mirage_hello.ptx.emulator import (  # noqa: F401  (importing fills the tabl
 from mirage_hello.ptx.emulator.checks import KINDS, EmulatorError, Finding
 from mirage_hello.ptx.emulator.launch import Report, launch
 from mirage_hello.ptx.emulator.parser import PtxSyntaxError, parse
-from mirage_hello.ptx.emulator.table import INSTRUCTIONS, PtxUnsupported
+from mirage_hello.ptx.emulator.table import INSTRUCTIONS, PtxError, PtxUnsupported
 
 __all__ = [
     "INSTRUCTIONS",
     "KINDS",
     "EmulatorError",
     "Finding",
+    "PtxError",
     "PtxSyntaxError",
     "PtxUnsupported",
     "Report",

@@ -44,6 +44,18 @@ def _finish(kind, bits, ftz, sat, relu=False):
     return bits
 
 
+def _finish64(values, *operands):
+    """float64 results to bits: the first NaN operand, made quiet, or the default NaN."""
+    out = formats.as_register(values.view(np.uint64), "f64")
+    nan = np.isnan(values)
+    if not nan.any():
+        return out
+    result = np.full(out.shape, DEFAULT_NAN_F64)
+    for operand in operands[::-1]:
+        result = np.where(np.isnan(decode("f64", operand)), operand | QUIET_F64, result)
+    return np.where(nan, result, out)
+
+
 def _inputs(kind, operands, ftz):
     return [formats.flush(kind, o) if ftz else as_register(o, kind) for o in operands]
 
@@ -56,6 +68,11 @@ def _zero_sign(result, a, b, rounding):
     return np.where(cancelled, -0.0, result)
 
 
+# f64 keeps the payload of a NaN operand; an invalid operation gives the negative quiet NaN.
+DEFAULT_NAN_F64 = np.uint64(0xFFF8000000000000)
+QUIET_F64 = np.uint64(1 << 51)
+
+
 @_elementwise
 def add(kind, a, b, rounding="rn", ftz=False, sat=False):
     """add{.rnd}{.ftz}{.sat}.kind: a + b rounded once."""
@@ -64,7 +81,7 @@ def add(kind, a, b, rounding="rn", ftz=False, sat=False):
         return _finish(kind, _native(np.add, a, b), ftz, sat)
     x, y = decode(kind, a), decode(kind, b)
     if kind == "f64":
-        return _finish(kind, encode(kind, exact64.add(x, y, rounding)), ftz, sat)
+        return _finish64(exact64.add(x, y, rounding), a, b)
     total = _zero_sign(formats.odd_sum(x, y), x, y, rounding)
     return _finish(kind, encode(kind, total, rounding), ftz, sat)
 
@@ -72,6 +89,9 @@ def add(kind, a, b, rounding="rn", ftz=False, sat=False):
 @_elementwise
 def sub(kind, a, b, rounding="rn", ftz=False, sat=False):
     """sub{.rnd}{.ftz}{.sat}.kind: a - b rounded once."""
+    if kind == "f64":  # a NaN operand keeps its sign
+        a, b = _inputs(kind, (a, b), ftz)
+        return _finish64(exact64.add(decode(kind, a), -decode(kind, b), rounding), a, b)
     return add(kind, a, _flip(kind, b), rounding, ftz, sat)
 
 
@@ -84,7 +104,7 @@ def mul(kind, a, b, rounding="rn", ftz=False, sat=False):
     x, y = decode(kind, a), decode(kind, b)
     if kind == "f64":
         zero = np.where(np.signbit(x) != np.signbit(y), -0.0, 0.0)
-        return _finish(kind, encode(kind, exact64.fma(x, y, zero, rounding)), ftz, sat)
+        return _finish64(exact64.fma(x, y, zero, rounding), a, b)
     with np.errstate(all="ignore"):
         product = x * y  # exact: at most 48 significand bits, exponent within float64
     return _finish(kind, encode(kind, product, rounding), ftz, sat)
@@ -101,7 +121,7 @@ def fma(kind, a, b, c, rounding="rn", ftz=False, sat=False, relu=False):
     a, b, c = _inputs(kind, (a, b, c), ftz)
     x, y, z = (decode(kind, o) for o in (a, b, c))
     if kind == "f64":
-        return _finish(kind, encode(kind, exact64.fma(x, y, z, rounding)), ftz, sat, relu)
+        return _finish64(exact64.fma(x, y, z, rounding), a, b, c)
     with np.errstate(all="ignore"):
         product = x * y
         total = product + z
@@ -120,7 +140,7 @@ def div(kind, a, b, rounding="rn", ftz=False):
     a, b = _inputs(kind, (a, b), ftz)
     x, y = decode(kind, a), decode(kind, b)
     if kind == "f64":
-        return encode(kind, exact64.quotient(x, y, rounding))
+        return _finish64(exact64.quotient(x, y, rounding), a, b)
     # If q = x / y is not an f32 value or midpoint m, then |x - m*y| >= 1 in units of the product's
     # last place, so |q - m| / q >= 2**-49: rounding to float64 first (2**-53) cannot cross m.
     with np.errstate(all="ignore"):
@@ -141,7 +161,7 @@ def sqrt(kind, a, rounding="rn", ftz=False):
     (a,) = _inputs(kind, (a,), ftz)
     x = decode(kind, a)
     if kind == "f64":
-        return encode(kind, exact64.root(x, rounding))
+        return _finish64(exact64.root(x, rounding), a)
     with np.errstate(all="ignore"):
         root = np.sqrt(x)  # by the argument of `div`, float64 separates it from every f32 midpoint
     return _finish(kind, encode(kind, root, rounding), ftz, False)
@@ -174,7 +194,8 @@ def _select(kind, a, b, ftz, nan, xorsign, smaller):
     if xorsign:
         out = out | product_sign
     either, both = np.isnan(x) | np.isnan(y), np.isnan(x) & np.isnan(y)
-    return np.where(either if nan else both, fmt.dtype.type(fmt.nan), out)
+    not_a_number = a | QUIET_F64 if kind == "f64" else fmt.dtype.type(fmt.nan)
+    return np.where(either if nan else both, not_a_number, out)
 
 
 @_elementwise
@@ -185,16 +206,22 @@ def _flip(kind, a):
 
 @_elementwise
 def neg(kind, a, ftz=False):
-    """neg{.ftz}.kind: the sign bit flipped; NaN becomes canonical for f32 with .ftz only."""
+    """neg{.ftz}.kind: the sign bit flipped; a NaN becomes canonical (f64: quiet, its sign kept)."""
     (a,) = _inputs(kind, (a,), ftz)
-    return _flip(kind, a)
+    return _keep_nan(kind, a, _flip(kind, a))
 
 
 @_elementwise
 def absolute(kind, a, ftz=False):
-    """abs{.ftz}.kind: the sign bit cleared."""
+    """abs{.ftz}.kind: the sign bit cleared; a NaN becomes canonical (f64: quiet, its sign kept)."""
     (a,) = _inputs(kind, (a,), ftz)
-    return a & a.dtype.type((1 << (FORMATS[kind].bits - 1)) - 1)
+    return _keep_nan(kind, a, a & a.dtype.type((1 << (FORMATS[kind].bits - 1)) - 1))
+
+
+def _keep_nan(kind, a, out):
+    fmt = FORMATS[kind]
+    nan = (a & a.dtype.type((1 << (fmt.bits - 1)) - 1)) > a.dtype.type(fmt.infinity)
+    return np.where(nan, a | QUIET_F64 if kind == "f64" else a.dtype.type(fmt.nan), out)
 
 
 COMPARISONS = {

@@ -86,40 +86,43 @@ class Findings(list):
 class Watch:
     """Per-thread state of the registers that need it (`program.watched`).
 
-    `defined[row]`: written yet?  `locked[row]`: which warps have a wgmma in flight on it, as
-    accumulator ("D", neither read nor write) or as fragment ("A", no write).  `written[row]`: when
-    each warp last wrote the row with an ordinary instruction, for wgmma.fence.
+    `defined[row]`: written yet, per thread, for rows that some path reads uninitialised.  For rows
+    that wgmma uses: `held[role][row, warp]` counts products in flight on the row as accumulator
+    (role 0: neither read nor write) or A fragment (role 1: no write); `written[row, warp]` is when
+    an ordinary instruction last wrote it, for wgmma.fence.
     """
 
     def __init__(self, machine):
         self.m = machine
-        program = machine.program
+        program, warps = machine.program, machine.size // 32
         self.defined = {row: np.zeros(machine.size, bool) for row in program.suspects}
-        warps = machine.size // 32
-        self.written = {row: np.zeros(warps, np.int64) for row in program.tensor_rows}
+        self.index = {row: i for i, row in enumerate(sorted(program.tensor_rows))}
+        self.written = np.zeros((len(self.index), warps), np.int64)
+        self.held = np.zeros((2, len(self.index), warps), np.int16)
         self.fenced = np.zeros(warps, np.int64)
-        self.locked = {}
-        self.time = 1
+        self.in_flight, self.time = 0, 1
 
     def read(self, row, lanes, pc):
         flags = self.defined.get(row)
         if flags is not None and not flags[lanes.sel].all():
-            self._undefined(row, lanes, pc, flags)
-        if row in self.locked:
-            self._in_flight(row, lanes, pc, "read", ("D",))
+            self.undefined(row, lanes, pc)
+        if self.in_flight and row in self.index:
+            self._in_flight(row, lanes, pc, "read", (0,))
 
     def write(self, row, lanes, pc):
         flags = self.defined.get(row)
         if flags is not None:
             flags[lanes.sel] = True
-        if row in self.written:
+        i = self.index.get(row)
+        if i is not None:
             self.time += 1
-            self.written[row][lanes.warps] = self.time
-            if row in self.locked:
-                self._in_flight(row, lanes, pc, "written", ("D", "A"))
+            self.written[i, lanes.warps] = self.time
+            if self.in_flight:
+                self._in_flight(row, lanes, pc, "written", (0, 1))
 
-    def _undefined(self, row, lanes, pc, flags):
-        missing = ~flags[lanes.sel]
+    def undefined(self, row, lanes, pc):
+        """Report the threads of `lanes` that have not written the row."""
+        missing = ~self.defined[row][lanes.sel]
         at = int(np.argmax(missing))
         name = self.m.program.rows[row][0]
         self.m.findings.add(
@@ -129,32 +132,29 @@ class Watch:
 
     def _in_flight(self, row, lanes, pc, verb, roles):
         for role in roles:
-            held = self.locked[row].get(role)
-            if held is None:
-                continue
-            hit = held[lanes.warps] > 0
+            hit = self.held[role, self.index[row]][lanes.warps] > 0
             if hit.any():
                 warp = int(lanes.warps[int(np.argmax(hit))])
                 name = self.m.program.rows[row][0]
-                what = "accumulator" if role == "D" else "A fragment"
                 self.m.findings.add(
                     "accumulator-in-flight", pc, warp * 32, None,
-                    f"{name} is {verb} while a wgmma that uses it as {what} is in flight; "
-                    "wgmma.wait_group must come first", int(hit.sum()),
+                    f"{name} is {verb} while a wgmma that uses it as "
+                    f"{('accumulator', 'A fragment')[role]} is in flight; wgmma.wait_group must "
+                    "come first", int(hit.sum()),
                 )  # fmt: skip
                 return
 
-    def lock(self, rows, role, warps, delta):
-        """A wgmma on `rows` starts (delta 1) or retires (-1) for `warps`."""
-        for row in rows:
-            held = self.locked.setdefault(row, {}).setdefault(
-                role, np.zeros(self.m.size // 32, np.int32)
-            )
-            held[warps] += delta
-            if delta < 0 and not held.any():
-                del self.locked[row][role]
-                if not self.locked[row]:
-                    del self.locked[row]
+    # ---- wgmma ---------------------------------------------------------------------------------
+    def indices(self, rows):
+        """Positions of tensor rows in `held` and `written`."""
+        return np.array([self.index[row] for row in rows], dtype=np.int64)
+
+    def hold(self, d, a, first_warp, delta):
+        """A product on rows `d` and `a` (from `indices`) starts (delta 1) or retires (-1)."""
+        warps = slice(first_warp, first_warp + 4)
+        self.held[0, d, warps] += delta
+        self.held[1, a, warps] += delta
+        self.in_flight += delta
 
     def fence(self, warps):
         self.time += 1
@@ -162,14 +162,12 @@ class Watch:
 
     def check_fence(self, rows, lanes, pc):
         """wgmma: every ordinary write to its registers lies before the warp's last wgmma.fence."""
-        warps = lanes.warps
-        for row in rows:
-            late = self.written[row][warps] > self.fenced[warps]
-            if late.any():
-                warp = int(warps[int(np.argmax(late))])
-                self.m.findings.add(
-                    "missing-wgmma-fence", pc, warp * 32, None,
-                    f"{self.m.program.rows[row][0]} was written by an ordinary instruction; "
-                    "wgmma.fence must come between", int(late.sum()),
-                )  # fmt: skip
-                return
+        late = self.written[rows][:, lanes.warps] > self.fenced[lanes.warps]
+        if late.any():
+            i, warp = np.unravel_index(int(np.argmax(late)), late.shape)
+            row = sorted(self.index)[int(rows[i])]
+            self.m.findings.add(
+                "missing-wgmma-fence", pc, int(lanes.warps[warp]) * 32, None,
+                f"{self.m.program.rows[row][0]} was written by an ordinary instruction; "
+                "wgmma.fence must come between", int(late.any(axis=0).sum()),
+            )  # fmt: skip

@@ -10,7 +10,7 @@ Source: PTX ISA 8.x, "Data Movement and Conversion Instructions: cvt".
 import numpy as np
 
 from mirage_hello.ptx.emulator import formats
-from mirage_hello.ptx.emulator.formats import as_register, decode, encode, register_dtype
+from mirage_hello.ptx.emulator.formats import FORMATS, as_register, decode, encode, register_dtype
 
 _SPLIT32 = np.uint64(32)
 _LOW32 = np.uint64(0xFFFFFFFF)
@@ -133,17 +133,44 @@ def float_to_float(
     dst, src, bits, rounding=None, ftz=False, sat=False, satfinite=False, relu=False
 ):
     """cvt between floating-point formats; `rni`..`rpi` round to an integral value of the format."""
+    bits = as_register(bits, src)
     if ftz and src == "f32":
         bits = formats.flush("f32", bits)
     x = decode(src, bits)
-    if rounding in ("rni", "rzi", "rmi", "rpi"):
+    integral = rounding in ("rni", "rzi", "rmi", "rpi")
+    if integral:
         with np.errstate(invalid="ignore"):
             x = _round_to_integer(x, rounding)
-        rounding = None
-    out = encode(dst, x, rounding or "rn", satfinite=satfinite, relu=relu)
+    out = encode(dst, x, rounding if rounding and not integral else "rn", satfinite, relu)
+    nan = np.isnan(x)
+    if nan.any() and not sat:
+        out = np.where(nan, _nan(dst, src, bits, rounding), out)
     if ftz and dst == "f32":
         out = formats.flush("f32", out)
     return formats.saturate(dst, out) if sat else out
+
+
+def _nan(dst, src, bits, rounding):
+    """What a NaN operand becomes, as an H200 does it.
+
+    Conversions that touch f64 keep the sign and the upper bits of the payload, made quiet;
+    bf16 -> f32 is a shift; tf32 keeps 19 bits (rna) or gives 0x7FFFE000; all others give the
+    canonical NaN of the destination.
+    """
+    to, of = FORMATS[dst], FORMATS[src]
+    if "f64" in (dst, src):
+        payload = bits & bits.dtype.type((1 << of.mantissa) - 1)
+        sign = (bits >> bits.dtype.type(of.bits - 1)).astype(to.dtype) << to.dtype.type(to.bits - 1)
+        if to.mantissa >= of.mantissa:
+            moved = payload.astype(to.dtype) << to.dtype.type(to.mantissa - of.mantissa)
+        else:
+            moved = (payload >> bits.dtype.type(of.mantissa - to.mantissa)).astype(to.dtype)
+        return sign | moved | to.dtype.type(to.infinity | 1 << (to.mantissa - 1))
+    if (dst, src) == ("f32", "bf16"):
+        return bits.astype(np.uint32) << np.uint32(16)
+    if dst == "tf32":
+        return bits & np.uint32(0xFFFFE000) if rounding == "rna" else np.uint32(0x7FFFE000)
+    return to.dtype.type(to.nan)
 
 
 def _fast_bf16(bits):
@@ -159,7 +186,8 @@ def _convert_one(dst, src, bits, rounding, ftz, sat, satfinite, relu):
     if is_integer(src):
         if is_integer(dst):
             return integer_to_integer(dst, src, bits, sat)
-        return integer_to_float(dst, src, bits, rounding or "rn")
+        out = integer_to_float(dst, src, bits, rounding or "rn")
+        return formats.saturate(dst, out) if sat else out
     if is_integer(dst):
         if ftz and src == "f32":
             bits = formats.flush("f32", bits)

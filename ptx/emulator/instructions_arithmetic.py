@@ -117,7 +117,7 @@ def mad(op):
         return fma(op)
     kind = op.kind
     if op.has("cc"):
-        op.fail("with .cc is not supported; extend instructions_arithmetic.py")
+        op.unsupported("with .cc is not supported; extend instructions_arithmetic.py")
     if op.has("wide"):
         wide = _wide(kind)
         kinds = (kind, kind, wide)
@@ -144,7 +144,7 @@ def fma(op):
 @instruction("mul24")
 def mul24(op):
     if op.has("hi"):
-        op.fail("is not supported; extend instructions_arithmetic.py")
+        op.unsupported("is not supported; extend instructions_arithmetic.py")
     return _integer_binary(op, integer.mul24_lo)
 
 

@@ -48,7 +48,7 @@ def funnel(op):
 @instruction("lop3")
 def lop3(op):
     if op.has("or", "and") and len(op.operands) > 5:
-        op.fail("with a predicate result is not supported; extend instructions_logic.py")
+        op.unsupported("with a predicate result is not supported; extend instructions_logic.py")
     table = int(op.operands[4].value)
     return elementwise(op, lambda a, b, c, _=None: bits.lop3(a, b, c, table), ("b32",) * 3, "b32")
 
@@ -177,7 +177,7 @@ def _setp_packed(op, first, second):
 def set_(op):
     dst, kind = op.types[-2], op.types[-1]
     if kind.endswith("x2"):
-        op.fail("on packed types is not supported; extend instructions_logic.py")
+        op.unsupported("on packed types is not supported; extend instructions_logic.py")
     compare, a, b, put = comparer(op), op.src(1, kind), op.src(2, kind), op.dst(0, dst)
     one = {"f32": 0x3F800000, "f16": 0x3C00, "bf16": 0x3F80}.get(dst, (1 << kind_bits(dst)) - 1)
     combine = next((_COMBINE[m] for m in op.mods if m in _COMBINE), None)

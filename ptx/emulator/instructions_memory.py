@@ -101,7 +101,7 @@ def combiner(op, name, kind):
         function = integer.minimum if name == "min" else integer.maximum
         return lambda old, b, c: function(kind, old, b)
     if name not in ATOMICS:
-        op.fail(f"has no operation .{name}; extend instructions_memory.py")
+        op.unsupported(f"has no operation .{name}; extend instructions_memory.py")
     return lambda old, b, c: ATOMICS[name](old, b)
 
 
@@ -179,7 +179,7 @@ def _matrices(op):
 def ldmatrix(op):
     count, trans = _matrices(op), op.has("trans")
     if not op.has("m8n8") or op.kind != "b16":
-        op.fail("is supported as .m8n8 .b16; extend instructions_memory.py")
+        op.unsupported("is supported as .m8n8 .b16; extend instructions_memory.py")
     address = op.address(1)
     puts = [op.writer(e, "b32") for e in op.elements(0)]
     if len(puts) != count:

@@ -136,6 +136,14 @@ def _tensor_load(op):
     return per_thread(op, body)
 
 
+def _box_words(shadow, flat, size):
+    """Shadow words of the elements at `flat`; a whole box is one dense range."""
+    low, high = int(flat.min()), int(flat.max()) + size
+    if high - low == len(flat) * size:
+        return np.arange(low // shadow.granule, high // shadow.granule)
+    return shadow.words_of(flat, size)
+
+
 def _load_box(issue, moved, address, barrier, counted):
     m, size = issue.m, moved.itemsize
     buffer, offsets = _global_offsets(issue, moved)
@@ -145,7 +153,7 @@ def _load_box(issue, moved, address, barrier, counted):
     if counted:
         m.counts.bulk(issue.pc, moved.nbytes)
     if m.shadow.on:
-        issue.shadow_write(m.shadow.words_of(flat, size), barrier)
+        issue.shadow_write(_box_words(m.shadow, flat, size), barrier)
 
     def move():
         values = np.zeros(len(flat), f"<u{size}")
@@ -173,7 +181,8 @@ def _tensor_store(op, reduction):
         m.counts.bulk(pc, moved.nbytes)
         time, size = m.queue.next_bulk_time(issue.thread), moved.itemsize
         if m.shadow.on:
-            issue.shadow_read(m.shadow.words_of(flat[moved.inside], size), time)
+            inside = flat if moved.inside.all() else flat[moved.inside]
+            issue.shadow_read(_box_words(m.shadow, inside, size), time)
         kind = _map_kind(op, copy, issue, position) if reduction else None
 
         def move():

@@ -211,7 +211,7 @@ def mma(op):
     """mma.sync.aligned.m16n8kK.row.col{.satfinite}.d.a.b.c"""
     shape = op.mods[0]
     if not op.has("row") or not op.has("col") or op.has("sp"):
-        op.fail("is not supported; extend instructions_warp.py (dense .row.col forms are)")
+        op.unsupported("is not supported; extend instructions_warp.py (dense .row.col forms are)")
     m, n, k = (int(x) for x in shape[1:].replace("n", " ").replace("k", " ").split())
     kinds, satfinite = tuple(op.types), op.has("satfinite")
     if len(kinds) != 4:

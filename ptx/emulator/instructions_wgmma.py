@@ -74,9 +74,8 @@ class Product:
         return wgmma.multiply(code.shape, a, b, d, code.scale_a, code.scale_b, code.satfinite)
 
     def retire(self):
-        warps = np.arange(self.first >> 5, (self.first >> 5) + 4)
-        self.machine.watch.lock(self.code.d_rows, "D", warps, -1)
-        self.machine.watch.lock(self.code.a_rows, "A", warps, -1)
+        d, a = self.code.indices(self.machine.watch)
+        self.machine.watch.hold(d, a, self.first >> 5, -1)
 
 
 class Code:
@@ -86,8 +85,9 @@ class Code:
         found = re.match(r"m64n(\d+)k(\d+)$", op.mods[0])
         kinds = [p for p in op.mods[1:] if p in FORMATS or p in ("s32", "s8", "u8")]
         if not found or len(kinds) != 3 or op.has("sp"):
-            op.fail("is not of the form .m64nNkK.d.a.b; extend instructions_wgmma.py")
-        self.op, self.satfinite = op, op.has("satfinite")
+            op.unsupported("is not of the form .m64nNkK.d.a.b; extend instructions_wgmma.py")
+        self.op, self.satfinite, self._indices = op, op.has("satfinite"), None
+        self._places = {}
         try:
             self.shape = wgmma.Shape(int(found[1]), int(found[2]), *kinds)
         except ValueError as error:
@@ -95,6 +95,31 @@ class Code:
         self._accumulator(op)
         self._operands(op)
         op.flops = self.shape.flops
+
+    def place(self, role, descriptor, shadow):
+        """(byte addresses [rows][K], shadow words, lowest byte, end) of operand A (0) or B (1).
+
+        Remembered: a pipeline shows the same few descriptors to every block and iteration.
+        """
+        found = self._places.get((role, descriptor))
+        if found is None:
+            shape = self.shape
+            rows, kind, trans = (
+                (64, shape.a, self.trans_a),
+                (shape.n, shape.b, self.trans_b),
+            )[role]
+            at = wgmma.operand_addresses(descriptor, rows, shape, kind, bool(trans))
+            size = ELEMENT_BITS[kind] // 8
+            words = shadow.words_of(at.ravel(), size) if shadow.on else None
+            found = at, words, int(at.min()), int(at.max()) + size
+            self._places[role, descriptor] = found
+        return found
+
+    def indices(self, watch):
+        """(accumulator, fragment) positions in the register watch; the same for every launch."""
+        if self._indices is None:
+            self._indices = watch.indices(self.d_rows), watch.indices(self.a_rows)
+        return self._indices
 
     def _accumulator(self, op):
         d = op.elements(0)
@@ -133,7 +158,7 @@ def mma_async(op):
         m = lanes.m
         if lanes.n != 32 * len(lanes.warps) or len(lanes.warps) % 4:
             return  # reported as divergent by gather
-        m.watch.check_fence(code.d_rows + code.a_rows, lanes, op.pc)
+        m.watch.check_fence(np.concatenate(code.indices(m.watch)), lanes, op.pc)
         use = None if code.scale_d is None else lanes.full(code.scale_d(lanes))
         descriptors_a = None if code.a_descriptor is None else lanes.full(code.a_descriptor(lanes))
         descriptors_b = lanes.full(code.b_descriptor(lanes))
@@ -153,35 +178,28 @@ def _check_registers(code, lanes, use_d, pc):
     watch = lanes.m.watch
     rows = code.a_rows + (code.d_rows if use_d else ())
     for row in rows:
-        flags = watch.defined.get(row)
-        if flags is not None and not flags[lanes.sel].all():
-            watch._undefined(row, lanes, pc, flags)
+        if row in watch.defined and not watch.defined[row][lanes.sel].all():
+            watch.undefined(row, lanes, pc)
     for row in code.d_rows:
         if row in watch.defined:
             watch.defined[row][lanes.sel] = True
 
 
 def _issue(code, lanes, a, b, use_d):
-    m, first = lanes.m, lanes.thread(0)
-    pc, shape = code.op.pc, code.shape
+    m, first, pc = lanes.m, lanes.thread(0), code.op.pc
     group = first >> 7
-    try:
-        a_at = (
-            None
-            if a is None
-            else wgmma.operand_addresses(a, 64, shape, shape.a, bool(code.trans_a))
-        )
-        b_at = wgmma.operand_addresses(b, shape.n, shape, shape.b, bool(code.trans_b))
-    except ValueError as error:
-        m.findings.add("out-of-bounds", pc, first, None, str(error))
-        return
     base = int(m.block[first]) * m.shared_stride
     clock = int(m.queue.wgmma_time[group]) + 1
-    for at, kind in ((a_at, shape.a), (b_at, shape.b)):
-        if at is None:
+    addresses = []
+    for role, descriptor in enumerate((a, b)):
+        if descriptor is None:
+            addresses.append(None)
             continue
-        size = ELEMENT_BITS[kind] // 8
-        low, high = int(at.min()), int(at.max()) + size
+        try:
+            at, words, low, high = code.place(role, descriptor, m.shadow)
+        except ValueError as error:
+            m.findings.add("out-of-bounds", pc, first, None, str(error))
+            return
         if low < SHARED_BASE or high > m.shared_end:
             m.findings.add(
                 "out-of-bounds", pc, first, low,
@@ -189,10 +207,9 @@ def _issue(code, lanes, a, b, use_d):
                 f"{high - SHARED_BASE} of a block that has {m.shared_end - SHARED_BASE}",
             )  # fmt: skip
             return
+        addresses.append(at)
         if m.shadow.on:
-            words = m.shadow.words_of(at.ravel() + base, size)
-            m.shadow.async_read(first, words, m.shadow.wgmma_engine(group), clock, pc)
-    warps = np.arange(first >> 5, (first >> 5) + 4)
-    m.watch.lock(code.d_rows, "D", warps, 1)
-    m.watch.lock(code.a_rows, "A", warps, 1)
-    m.queue.submit_wgmma(group, Product(m, code, first, a_at, b_at, use_d))
+            mine = words + base // m.shadow.granule
+            m.shadow.async_read(first, mine, m.shadow.wgmma_engine(group), clock, pc)
+    m.watch.hold(*code.indices(m.watch), first >> 5, 1)
+    m.queue.submit_wgmma(group, Product(m, code, first, *addresses, use_d))

@@ -4,6 +4,7 @@ Operands keep the names that the text used; `program.py` resolves them to regist
 and program counters.
 """
 
+import functools
 from dataclasses import dataclass, field
 
 
@@ -151,9 +152,13 @@ class Module:
     def entries(self):
         return [f.name for f in self.functions.values() if f.is_entry]
 
+    @functools.cached_property
+    def lines(self):
+        return self.text.split("\n")
+
     def source(self, line):
-        lines = self.text.split("\n")
-        return lines[line - 1].split("//")[0].strip() if 0 < line <= len(lines) else ""
+        """The instruction at a line, without its comment."""
+        return self.lines[line - 1].split("//")[0].strip() if 0 < line <= len(self.lines) else ""
 
 
 def type_bytes(kind):

@@ -195,7 +195,8 @@ def launch(
         early: complete asynchronous copies when issued instead of as late as legal.
         max_turns: scheduler turns before a launch counts as hanging.
     Returns: Report with findings and counts.
-    Raises: EmulatorError (findings), PtxUnsupported, ValueError and TypeError (launch arguments).
+    Raises: EmulatorError (findings), PtxError and PtxUnsupported (the kernel), ValueError and
+        TypeError (launch arguments).
     Numerics: see formats.py, arith.py, approx.py, matrix.py.  Deterministic.
     """
     run = Launch(module, entry, grid, block, smem_bytes, checks, early, max_turns)

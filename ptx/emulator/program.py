@@ -23,7 +23,7 @@ from mirage_hello.ptx.emulator.operands import (
     Two,
 )
 from mirage_hello.ptx.emulator.specials import SPECIALS
-from mirage_hello.ptx.emulator.table import Op, PtxUnsupported, bind
+from mirage_hello.ptx.emulator.table import Op, PtxError, bind
 
 
 def _align(value, to):
@@ -53,7 +53,7 @@ class Program:
         self.ops, self.rows, self.labels, self.params = [], [], {}, {}
         self.shared_static, self.dynamic_align, self.local_bytes = 0, 0, 0
         self.watched, self.suspects = frozenset(), frozenset()
-        self._dynamic_names, self._calls, self.granule = [], 0, 4
+        self._dynamic_names, self._calls, self._open_calls = [], 0, []
         scope = self._module_scope()
         offset = 0
         for p in function.parameters:
@@ -153,7 +153,7 @@ class Program:
         self.ops.append(Op(self, len(self.ops), s.opcode, operands, guard, s.line, text))
 
     def _fail(self, s, message):
-        raise PtxUnsupported(f"{self.module.name}:{s.line}: {message}")
+        raise PtxError(f"{self.module.name}:{s.line}: {message}")
 
     def _find(self, name, scopes, s):
         for scope in reversed(scopes):
@@ -212,9 +212,7 @@ class Program:
         name = next((o.name for o in s.operands if isinstance(o, ir.Name)), None)
         f = self.module.functions.get(name)
         if f is None or f.body is None:
-            self._fail(
-                s, f"call: {name} has no body in this module (indirect calls are not supported)"
-            )
+            self._fail(s, f"call: {name} has no body in this module (indirect calls do not work)")
         first_is_result = bool(f.returns)
         results = lists[0].elements if first_is_result and lists else ()
         arguments = lists[-1].elements if len(lists) > first_is_result else ()
@@ -222,9 +220,9 @@ class Program:
             self._fail(
                 s, f"call: {name} takes {len(f.parameters)} arguments, returns {len(f.returns)}"
             )
-        self._calls += 1
-        if self._calls > 1000:
+        if name in self._open_calls:
             self._fail(s, f"call: {name} is recursive, which needs a stack; write a loop")
+        self._calls += 1
         inner = {k: v for k, v in scopes[0].items() if not isinstance(v, Slot)}
         after = []
         for formal, actual in zip((*f.parameters, *f.returns), (*arguments, *results), strict=True):
@@ -240,7 +238,9 @@ class Program:
             guard = (s.guard[0], not s.guard[1])
             skip = ir.Instruction("bra", (ir.Name(end),), guard, s.line, s.column)
             self._append(skip, [*scopes, {end: Target(end)}])
+        self._open_calls.append(f.name)
         self._lower(f.body, [inner], end)
+        self._open_calls.pop()
         self.labels[end] = len(self.ops)
 
     def _bind_formal(self, s, formal, actual, scopes, inner, after, is_result):

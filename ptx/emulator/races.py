@@ -158,10 +158,12 @@ class Shadow(Clocks):
 
     # ---- asynchronous accesses ---------------------------------------------------------------
     def words_of(self, offsets, nbytes):
-        """Sorted distinct words under the byte ranges [offset, offset + nbytes)."""
+        """Distinct words under the byte ranges [offset, offset + nbytes)."""
         first = np.asarray(offsets, dtype=np.int64) // self.granule
         span = np.arange(max(1, nbytes // self.granule))
-        return np.unique(first[:, None] + span)
+        seen = np.zeros(int(first.max()) - int(first.min()) + len(span), bool)
+        seen[(first - first.min())[:, None] + span] = True
+        return np.flatnonzero(seen) + int(first.min())
 
     def written(self, words):
         """Which words anybody has written."""

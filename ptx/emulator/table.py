@@ -25,7 +25,11 @@ INSTRUCTIONS = {}
 CONTROL = set()
 
 
-class PtxUnsupported(NotImplementedError):
+class PtxError(ValueError):
+    """A kernel that no assembler would take: the message has file, line and instruction."""
+
+
+class PtxUnsupported(PtxError, NotImplementedError):
     """PTX that the emulator cannot run; the message says which table to extend."""
 
 
@@ -127,10 +131,13 @@ class Op:
         if self.guard:
             self.uses.add(self.guard_row)
         if self.base is None:
-            self.fail("is not in the table; add it to an instructions_*.py of ptx/emulator")
+            self.unsupported("is not in the table; extend an instructions_*.py of ptx/emulator")
         self.run = INSTRUCTIONS[self.base](self)
 
     def fail(self, why):
+        raise PtxError(f"{self.program.module.name}:{self.line}: {self.opcode} {why}")
+
+    def unsupported(self, why):
         raise PtxUnsupported(f"{self.program.module.name}:{self.line}: {self.opcode} {why}")
 
     def has(self, *mods):

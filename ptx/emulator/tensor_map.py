@@ -14,7 +14,8 @@ ceil(box[d] / element_strides[d]) of them (dimension 0 ignores its element strid
 im2col: `pixels` positions are walked from the base coordinate, W fastest, then H, then N, inside
 [lower, dim + upper) of each spatial dimension, by the element strides; `offsets` are added to each
 position after the walk.
-The box lies dense in shared memory, innermost first, its 16-byte chunks permuted by the swizzle.
+The box lies dense in shared memory, innermost first, its 16-byte chunks permuted by the swizzle; rows
+narrower than the swizzle are padded to its span.
 
 Source: PTX ISA 8.x, "Tensors", "cp.async.bulk.tensor"; cuda.h, cuTensorMapEncodeTiled / Im2col.
 """
@@ -153,9 +154,14 @@ def _box_indices(shape):
 
 
 @lru_cache(maxsize=256)
-def _shared_offsets(count, size, span):
-    """Shared offset of each element for a base on a pattern boundary."""
-    offsets = swizzle(np.arange(count, dtype=np.int64) * size, span)
+def _shared_offsets(count, inner, size, span):
+    """Shared offset of each element for a base on a pattern boundary.
+
+    Rows of `inner` elements narrower than the swizzle are spread to its span (seen on an H200).
+    """
+    ordinal = np.arange(count, dtype=np.int64)
+    pitch = max(inner * size, span)
+    offsets = swizzle(ordinal // inner * pitch + ordinal % inner * size, span)
     offsets.setflags(write=False)
     return offsets
 
@@ -211,7 +217,8 @@ def transfer(tensor_map, coordinates, shared_address, offsets=(), base=None):
     for position, extent, stride in zip(where, m.dims, (size, *m.strides), strict=True):
         inside &= (position >= 0) & (position < extent)
         address += position * stride
-    shared = _shared_offsets(inside.size, size, m.swizzle) + int(shared_address)
+    inner = box_shape(m)[0]
+    shared = _shared_offsets(inside.size, inner, size, m.swizzle) + int(shared_address)
     return Transfer(address, inside, shared, size)
 
 
