@@ -88,7 +88,7 @@ class Plan:
 
     def smem_bytes(self, shape: Shape) -> int:
         """Dynamic shared memory of a channels_last kernel: see "Shared map" in its header."""
-        pitch = self.slab_groups * shape.group_channels // self.segment | 1
+        pitch = self.columns * self.elements // self.segment | 1
         pairs = self.slab_groups * (1 + self.cluster) + self.lanes * pitch
         return 8 * pairs + 4 * self.lanes
 
@@ -118,12 +118,19 @@ def widest(shape: Shape, *multiples: int) -> int:
 def registers(vecs: int, elements: int, segments: int, size: int) -> int:
     """An upper estimate: packed vectors, sums, scale and shift, weight and bias, the rest."""
     words = max(1, elements * size // 4)
-    return vecs * words + 3 * segments + 2 * elements + 2 * words + 28
+    return vecs * words + (4 if size == 4 else 3) * segments + 2 * elements + 2 * words + 28
 
 
 def fits(threads: int, needed: int) -> bool:
     """64 K registers of a multiprocessor hold one block at least; no thread has more than 255."""
     return threads <= 1024 and needed <= min(248, 65536 // threads // 8 * 8)
+
+
+def padded(columns: int) -> int:
+    """Columns of a block, of which 1024 threads must hold whole warps."""
+    if columns * 32 // math.gcd(32, columns) <= 1024:
+        return columns
+    return -(-columns // 8) * 8 if columns <= 256 else -(-columns // 32) * 32
 
 
 def lane_choices(columns: int, units: int) -> Iterator[int]:
@@ -139,7 +146,7 @@ def nhwc_one_pass(shape: Shape) -> Iterator[Plan]:
     for slab_groups in range(1, shape.groups + 1):
         slab = slab_groups * shape.group_channels
         elements = widest(shape, slab, shape.channels)
-        columns = slab // elements
+        columns = padded(slab // elements)
         if shape.groups % slab_groups or columns > 1024:
             continue
         segment = math.gcd(shape.group_channels, elements)
@@ -209,7 +216,7 @@ def nhwc_two_pass(shape: Shape) -> Iterator[Plan]:
             break
     else:
         return
-    columns = tile // elements
+    columns = padded(tile // elements)
     segment = math.gcd(shape.group_channels, elements)
     for lanes in lane_choices(columns, shape.pixels):
         for vecs in (4, 8):

@@ -33,6 +33,9 @@ typedef unsigned u32;
 typedef unsigned long long u64;
 using Element = ELEMENT;
 constexpr int K = E / S;  // segments of a vector
+// float merges twice, the second time measured from the mean that the first time found: squares
+// measured from a sample 3 standard deviations away cost 3 bits.
+constexpr int ROUNDS = sizeof(Element) == 4 ? 2 : 1;
 
 struct alignas(E * sizeof(Element)) Vector {
     Element element[E];
@@ -85,14 +88,30 @@ struct Merge {
     }
 };
 
+// Merges what `add_parts(merge)` adds, `from` being the mean of one of the parts.
+template <class AddParts>
+__device__ Moments merge_rounds(float from, float samples, AddParts add_parts) {
+    Moments found{from, 0};
+#pragma unroll
+    for (int round = 0; round < ROUNDS; round++) {
+        Merge merge{found.mean};
+        add_parts(merge);
+        found = merge.result(samples);
+    }
+    return found;
+}
+
 // What is stored for a group: its mean, and 1 / sqrt(var + eps).
 __device__ float2 normalizer(Moments m, float samples, float eps) {
-    return make_float2(m.mean, rsqrtf(fmaf(m.m2, reciprocal(samples), eps)));
+    return make_float2(m.mean, 1.f / __fsqrt_rn(fmaf(m.m2, reciprocal(samples), eps)));
 }
 
 __device__ float activate(float y) {
     return SILU ? y / (1.f + __expf(-y)) : y;
 }
+
+// The thread's first channel in its slab. Columns past the slab repeat its last one: whole warps.
+__device__ u32 first_channel(u32 slab_channels) { return min(threadIdx.x * E, slab_channels - E); }
 
 __device__ u32 linear_thread() { return threadIdx.y * blockDim.x + threadIdx.x; }
 
@@ -125,24 +144,24 @@ __device__ void store_to_peer(Moments *here, u32 peer, Moments value) {
 // The blocks of a cluster: `units` in all, `block_units` in each but the last ones.
 __device__ Moments merge_blocks(const Moments *blocks, u32 stride, u32 units, u32 block_units,
                                 u32 samples_of_unit) {
-    Merge merge{blocks[0].mean};
-    u32 left = units;
-    for (int r = 0; r < CLUSTER; r++) {
-        const u32 here = min(left, block_units);
-        merge.add(blocks[r * stride], (float)(here * samples_of_unit));
-        left -= here;
-    }
-    return merge.result((float)units * samples_of_unit);
+    return merge_rounds(blocks[0].mean, (float)units * samples_of_unit, [&](Merge &merge) {
+        u32 left = units;
+        for (int r = 0; r < CLUSTER; r++) {
+            const u32 here = min(left, block_units);
+            merge.add(blocks[r * stride], (float)(here * samples_of_unit));
+            left -= here;
+        }
+    });
 }
 
 // The slices of one group, by a warp.
 __device__ Moments merge_slices(const Moments *partial, const float *slice_units, u32 slices,
                                 float units, float samples_of_unit) {
-    Merge merge{partial[0].mean};
-    for (u32 s = linear_thread() % 32; s < slices; s += 32)
-        merge.add(partial[s], slice_units[s] * samples_of_unit);
-    merge.across_warp();
-    return merge.result(units * samples_of_unit);
+    return merge_rounds(partial[0].mean, units * samples_of_unit, [&](Merge &merge) {
+        for (u32 s = linear_thread() % 32; s < slices; s += 32)
+            merge.add(partial[s], slice_units[s] * samples_of_unit);
+        merge.across_warp();
+    });
 }
 
 // channels_last -----------------------------------------------------------------------------------
@@ -167,12 +186,12 @@ struct Lanes {
     }
     // By a whole warp.
     __device__ Moments merge(u32 group, float group_samples) const {
-        Merge merge{entries[group * segments].mean};
-        for (u32 lane = linear_thread() % 32; lane < blockDim.y; lane += 32)
-            for (u32 s = 0; s < segments; s++)
-                merge.add(entries[lane * pitch + group * segments + s], samples[lane]);
-        merge.across_warp();
-        return merge.result(group_samples);
+        return merge_rounds(entries[group * segments].mean, group_samples, [&](Merge &merge) {
+            for (u32 lane = linear_thread() % 32; lane < blockDim.y; lane += 32)
+                for (u32 s = 0; s < segments; s++)
+                    merge.add(entries[lane * pitch + group * segments + s], samples[lane]);
+            merge.across_warp();
+        });
     }
 };
 
@@ -226,7 +245,7 @@ ONE_PASS_ENTRY(nhwc)(const Element *x, const Element *weight, const Element *bia
     // Indices
     const u32 first = blockIdx.x * block_pixels;
     const u32 count = min(block_pixels, pixels - min(first, pixels));
-    const u32 slab_channel = threadIdx.x * E;
+    const u32 slab_channel = first_channel(slab_groups * group_channels);
     const u32 channel = blockIdx.y * slab_groups * group_channels + slab_channel;
     const u64 from = ((u64)blockIdx.z * pixels + first + threadIdx.y) * channels + channel;
     const u64 step = (u64)blockDim.y * channels;
@@ -283,12 +302,13 @@ ONE_PASS_ENTRY(nhwc)(const Element *x, const Element *weight, const Element *bia
 ENTRY(nhwc_statistics)(const Element *x, Moments *partial, float *slice_pixels, u32 channels,
                        u32 pixels, u32 groups, u32 tile_groups, u32 group_channels, u32 magic) {
     // Indices
-    const u32 channel = blockIdx.y * tile_groups * group_channels + threadIdx.x * E;
+    const u32 tile_channel = first_channel(tile_groups * group_channels);
+    const u32 channel = blockIdx.y * tile_groups * group_channels + tile_channel;
     const u32 chunk = blockDim.y * VECS, slice = blockIdx.x, slices = gridDim.x;
     const Element *image = x + (u64)blockIdx.z * pixels * channels + channel;
     Lanes lanes((Moments *)smem + tile_groups, group_channels);
     float origin[K];
-    load_origins(origin, image - threadIdx.x * E, threadIdx.x * E, group_channels, magic);
+    load_origins(origin, image - tile_channel, tile_channel, group_channels, magic);
 
     // Load, sum: chunks upwards, interleaved with the other slices'
     Sums sums[K] = {};
@@ -339,11 +359,12 @@ ENTRY(nhwc_apply)(const Element *x, const Moments *partial, const float *slice_p
     __syncthreads();
 
     // Load, compute, store: chunks downwards, into what the L2 still holds
-    const u32 channel = blockIdx.y * tile_groups * group_channels + threadIdx.x * E;
+    const u32 tile_channel = first_channel(tile_groups * group_channels);
+    const u32 channel = blockIdx.y * tile_groups * group_channels + tile_channel;
     const u64 image = (u64)blockIdx.z * pixels * channels + channel;
     float origin[K];
-    load_origins(origin, x + image - threadIdx.x * E, threadIdx.x * E, group_channels, magic);
-    const Affine affine(origin, groups, weight, bias, channel, threadIdx.x * E, magic);
+    load_origins(origin, x + image - tile_channel, tile_channel, group_channels, magic);
+    const Affine affine(origin, groups, weight, bias, channel, tile_channel, magic);
     const u32 chunk = blockDim.y * VECS;
     const int chunks = (pixels + chunk - 1) / chunk;
     for (int c = chunks - 1 - (int)blockIdx.x; c >= 0; c -= gridDim.x) {
@@ -364,23 +385,26 @@ ENTRY(nhwc_apply)(const Element *x, const Moments *partial, const float *slice_p
 
 // contiguous: a group is one stretch of memory, E == S ---------------------------------------------
 
-// Every thread's moments into those of the block, valid in warp 0.
+// Every thread's moments into those of the block.
 __device__ Moments merge_threads(Moments own, float samples, float block_samples) {
     __shared__ float mean_of_thread_0;
-    __shared__ float2 warps[32];
+    __shared__ float2 warps[ROUNDS][32];
     const u32 thread = threadIdx.x;
     if (thread == 0) mean_of_thread_0 = own.mean;
     __syncthreads();
-    Merge merge{mean_of_thread_0};
-    merge.add(own, samples);
-    merge.across_warp();
-    if (thread % 32 == 0) warps[thread / 32] = make_float2(merge.delta, merge.m2);
-    __syncthreads();
-    const bool is_warp = thread < blockDim.x / 32;
-    merge.delta = is_warp ? warps[thread].x : 0.f;
-    merge.m2 = is_warp ? warps[thread].y : 0.f;
-    merge.across_warp();
-    return merge.result(block_samples);
+    int round = 0;
+    return merge_rounds(mean_of_thread_0, block_samples, [&](Merge &merge) {
+        merge.add(own, samples);
+        merge.across_warp();
+        if (thread % 32 == 0) warps[round][thread / 32] = make_float2(merge.delta, merge.m2);
+        __syncthreads();
+        // Every warp adds the warps' sums.
+        const bool is_warp = thread % 32 < blockDim.x / 32;
+        merge.delta = is_warp ? warps[round][thread % 32].x : 0.f;
+        merge.m2 = is_warp ? warps[round][thread % 32].y : 0.f;
+        merge.across_warp();
+        round++;
+    });
 }
 
 __device__ Vector normalize(const Vector &x, float origin, float2 group, const Element *weight,
