@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code (see `mirage --help`).
     """
+    # OpenMP's threads spin while they wait. On two cores shared with other work that made a frame
+    # of the tiny model take 514 to 952 ms; asleep they took 243 to 274 ms. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((a for a in arguments if not a.startswith("-")), None)
     try:
