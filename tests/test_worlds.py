@@ -1,5 +1,9 @@
 """The procedural worlds: random access, determinism, memory, motion, cuts, and how they look."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,3 +154,49 @@ def test_write_video_reads_back(tmp_path):
         decoded = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
     assert len(decoded) == 6 and abs(float(decoded[3].mean()) - 60) < 4
     assert to_bytes(torch.ones(3, 2, 2)).max() == 255
+
+
+INTERPRETED = """
+import torch
+from mirage_hello.model.data import city, raycast, raycast_triton
+from mirage_hello.model.data.worlds import WorldConfig, Worlds
+
+worlds = Worlds(WorldConfig(height=8, width=8, supersample=1))
+clips, frames = worlds.clips([4, 0]), torch.tensor([50, 300], dtype=torch.int32)
+look = worlds.first_look(clips, frames, city.camera_at(clips.seeds, frames, 0), 8, 8)
+origin = tuple(k[:, None].expand(-1, 64) for k in
+               city.camera_at(clips.seeds, frames, 0).position.unbind(1))
+expected = raycast.trace(look.scene, origin, look.directions, 6)
+got = raycast_triton.trace(look.scene, origin, look.directions, 6)
+torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+for a, b in zip(got[1:], expected[1:], strict=True):
+    assert torch.equal(a, b)
+assert len(expected[1].unique()) >= 4
+"""
+
+
+def test_fused_rays_hit_what_plain_rays_hit():
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.gpu
+def test_the_gpu_draws_what_the_cpu_draws():
+    for style in STYLES:
+        shots = []
+        for device in ("cpu", "cuda"):
+            config = WorldConfig(64, 64, supersample=1, fused=device == "cuda")
+            worlds = Worlds(config, device)
+            shots.append(worlds.render(worlds.clips([4, 7, 0]), [60, 300, 9], [style] * 3))
+        for name in ("view", "target"):
+            a, b = getattr(shots[0], name), getattr(shots[1], name).cpu()
+            # A ray that grazes an edge may fall on either side of it.
+            assert ((a - b).abs() > 0.02).float().mean() < 0.01, (style, name)

@@ -6,7 +6,6 @@ number of cells is fixed, so all the rays of a batch run the same elementwise pr
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -143,12 +142,6 @@ def traverse_step(
     return cell_x, cell_z, border_x, border_z, best, code, hit_x, hit_z
 
 
-@cache
-def compiled_step():
-    """`traverse_step` as one fused GPU kernel; compiled once for each number of rays."""
-    return torch.compile(traverse_step, dynamic=False)
-
-
 def trace(
     scene: Scene, o: Vector, d: Vector, cells: int, fused: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -158,8 +151,12 @@ def trace(
         scene: what the rays meet.
         o, d: origins and unit directions, components [B, N].
         cells: how many cells a ray crosses before it counts as sky; 14 reach about 110 units.
-        fused: run each step as one compiled kernel (GPU); the same arithmetic.
+        fused: as one Triton kernel (CUDA); the same arithmetic.
     """
+    if fused:
+        from mirage_hello.model.data import raycast_triton
+
+        return raycast_triton.trace(scene, o, d, cells)
     d = tuple(torch.where(k.abs() < 1e-6, 1e-6, k) for k in d)
     inverse = tuple(1.0 / k for k in d)
     cell_x, cell_z = (torch.floor(k / CELL).to(torch.int32) for k in (o[0], o[2]))
@@ -175,9 +172,8 @@ def trace(
         code = torch.where(t < best, BALLOON, code)
         best = torch.minimum(best, t)
     state = (cell_x, cell_z, border_x, border_z, best, code, cell_x, cell_z)
-    step = compiled_step() if fused else traverse_step
     for _ in range(cells):
-        state = step(scene.city.cells, scene.seeds, scene.frames, o, d, inverse, state)
+        state = traverse_step(scene.city.cells, scene.seeds, scene.frames, o, d, inverse, state)
     best, code, hit_x, hit_z = state[4:]
     # The ground lies in the cell of the point itself, not in the one the ray began in.
     flat = code == GROUND

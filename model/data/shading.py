@@ -3,6 +3,9 @@
 Colours are linear float32 [B, 3, N]; amounts are float32 [B, N]; both for N rays.
 """
 
+import math
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,9 +25,15 @@ def mix(a: Tensor, b: Tensor, amount: Tensor | float) -> Tensor:
     return a + (b - a) * amount
 
 
+@cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A constant on a device, copied there once: each copy would wait for the device."""
+    return torch.tensor(values, device=device).view(1, -1, 1)
+
+
 def rgb(like: Tensor, red: float, green: float, blue: float) -> Tensor:
     """A constant colour [1, 3, 1] on the device of `like`."""
-    return torch.tensor((red, green, blue), device=like.device).view(1, 3, 1)
+    return constant((red, green, blue), like.device)
 
 
 def hue(angle: Tensor, saturation: float = 1.0) -> Tensor:
@@ -37,8 +46,7 @@ def hue(angle: Tensor, saturation: float = 1.0) -> Tensor:
 def sun_direction(look: Look, elevation: float, die: int = 1) -> Vector:
     """Toward the light, at this elevation (radians) and the clip's own azimuth: [B, 1] each."""
     azimuth = 2 * torch.pi * look.scalar(die)
-    flat = torch.cos(torch.tensor(elevation))
-    high = torch.sin(torch.tensor(elevation)).to(azimuth.device)
+    flat, high = math.cos(elevation), math.sin(elevation)
     return (flat * torch.cos(azimuth), high + 0 * azimuth, flat * torch.sin(azimuth))
 
 

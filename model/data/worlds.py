@@ -29,7 +29,7 @@ class WorldConfig:
     height, width in pixels; supersample: rays per pixel and axis; fov: vertical field of view in
     radians; cut_frames: mean frames between scene cuts (0: none); cells, shadow_cells: how far
     rays go, in city cells; view: "plain" (flat shaded, as an engine's debug view) or "camera".
-    fused compiles the ray step into one GPU kernel.
+    fused traces the rays in one Triton kernel (CUDA).
     """
 
     height: int = 256

@@ -75,7 +75,7 @@ class AutoencoderStage:
     def step(self, number: int, progress: float) -> dict[str, Tensor]:
         """One optimiser step; returns the metrics as tensors on the device."""
         config = self.config
-        if number and number % config.refresh_every == 0:
+        if number and number % config.autoencoder_refresh_every == 0:
             self.pool.advance()
         frames = self.pool.sample(config.autoencoder_batch, self.generator)
         side = config.size // 8

@@ -35,9 +35,9 @@ class TrainConfig:
     cut_share: float = 0.25  # clips with scene cuts inside
     pool_clips: int = 384  # latents of this many clips stay on the device
     clip_frames: int = 40
-    refresh_clips: int = 8  # so many new clips ...
-    refresh_every: int = 16  # ... every so many steps
-    fused_renderer: bool = False
+    refresh_clips: int = 16  # so many new clips, of one style, ...
+    refresh_every: int = 32  # ... every so many steps
+    autoencoder_refresh_every: int = 4
     # Lengths.
     autoencoder_steps: int = 6000
     video_steps: int = 40000
@@ -106,6 +106,7 @@ class TrainConfig:
 
 SMOKE = TrainConfig(
     size=32, supersample=1, cells=3, pool_clips=4, clip_frames=6, refresh_clips=2, refresh_every=4,
+    autoencoder_refresh_every=2,
     autoencoder_steps=4, video_steps=8, distill_steps=2, autoencoder_batch=4, batch=4, warmup=2,
     precision="fp32", bank_size=8, rollouts=(1, 3), log_every=1, checkpoint_every=4, sample_every=0,
     sample_frames=4, teacher_steps=2,
@@ -113,20 +114,20 @@ SMOKE = TrainConfig(
 
 PRESETS: dict[str, TrainConfig] = {
     # The weights in the repository: one H200, 8 to 25 minutes. Arithmetic in docs/training.md.
-    "shipped": TrainConfig(minutes=24.0, fused_renderer=True),
+    "shipped": TrainConfig(minutes=24.0),
     # The two ablations that show that the test is hard: see docs/evaluation.md.
     "no-augmentation": TrainConfig(
-        minutes=8.0, fused_renderer=True, history_noise=0.0, corruption=0.0, error_bank=0.0,
+        minutes=8.0, history_noise=0.0, corruption=0.0, error_bank=0.0,
         history_dropout=0.0, live_share=0.0, distill_steps=0, shares=(0.16, 0.84, 0.0),
     ),
     "no-history": TrainConfig(
-        minutes=8.0, fused_renderer=True, history=False, live_share=0.0, distill_steps=0,
+        minutes=8.0, history=False, live_share=0.0, distill_steps=0,
         shares=(0.16, 0.84, 0.0),
     ),
     # Larger models on several GPUs.
     "391m": TrainConfig(
         model="391m", size=512, batch=16, parallel="fsdp", gradient_checkpointing=True,
-        pool_clips=128, video_steps=200_000, lr=1e-4, compile=True, fused_renderer=True,
+        pool_clips=128, video_steps=200_000, lr=1e-4, compile=True,
     ),
     # Seconds on a CPU: every stage runs, the pictures mean nothing.
     "smoke": SMOKE,

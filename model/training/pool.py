@@ -54,7 +54,8 @@ def plan(config: TrainConfig, rank: int, number: int, clips: int, domain: int = 
     u = torch.rand(4, generator=generator).tolist()
     return Plan(
         seeds=draw(HELD_OUT),
-        styles=draw(len(STYLE_NAMES)),
+        # One style a refresh: the renderer shades a whole batch at once, five times as fast.
+        styles=torch.full((clips,), (number + domain) % len(STYLE_NAMES)),
         first=first,
         sink=(first * fraction).long(),
         # 0.55 is what a quarter of a 512-pixel frame sees: the same network must draw both sizes.
@@ -69,7 +70,7 @@ def worlds_of(config: TrainConfig, planned: Plan, device: torch.device) -> World
     world = WorldConfig(
         config.size, config.size, config.supersample, planned.fov, planned.cut_frames,
         config.cells,
-        view=planned.view, fused=config.fused_renderer and device.type == "cuda",
+        view=planned.view, fused=device.type == "cuda",
     )  # fmt: skip
     return Worlds(world, device)
 
