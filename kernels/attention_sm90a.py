@@ -63,8 +63,10 @@ def attention_sm90a(
         return out.zero_()
     tile = tile or choose_tile(b * h, n, m, d, q.dtype)
     block_m, short = 64 * tile.warpgroups, SHORT_NAME[q.dtype]
+    scale = d**-0.5 if scale is None else float(scale)
+    if scale <= 0:  # the kernel's maxima are of q k^T: scaling must keep their order
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     maps = (_heads(q, block_m), _heads(k, tile.block_n), _heads(v, tile.block_n), _heads(out, 64))
-    scale = d**-0.5 if scale is None else scale
     tile.program(d, short).launch(
         f"attention_{short}",
         grid=(-(-n // block_m), h, b),

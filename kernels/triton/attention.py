@@ -5,8 +5,9 @@ Algorithm: one program per BLOCK_M queries of a head; the keys stream past BLOCK
     l = l 2^(m-m') + sum(p);  o = o 2^(m-m') + p @ v
     with log2(e) folded into scale: the exponential is one FMA and one ex2. Only the last block of
     keys is masked.
-Head dimension: Triton's tiles are powers of two, which would pad 40 to 64 and 80 to 128. Two
-    chunks instead (40 -> 32+16, 80 -> 64+16, 160 -> 128+32) pad it to a multiple of 16.
+Head dimension: padded to a power of two, as Triton's tiles are: 40 to 64, 80 to 128, 160 to 256.
+    Two chunks (40 -> 32+16) would waste less, are right in the interpreter, and give wrong results
+    or illegal addresses on an H200 with Triton 3.6. The ptx kernel has no padding.
 Bound by: the tensor cores from D = 64 up; below that the exponential unit, 16 a clock per
     multiprocessor.
 Source: Dao, FlashAttention-2 (2023), algorithm 1; Milakov and Gimelshein, Online normalizer
@@ -37,32 +38,29 @@ class Tiles:
 
 
 @triton.jit
-def _load(base, rows, stride, limit, D, FIRST: tl.constexpr, WIDTH: tl.constexpr, TAIL):
-    """Columns FIRST .. FIRST+WIDTH of a tile; zero past D and, in a TAIL, from row `limit` on."""
-    columns = FIRST + tl.arange(0, WIDTH)
+def _load(base, rows, stride, limit, D, WIDTH: tl.constexpr, TAIL):
+    """WIDTH columns of a tile; zero past D and, in a TAIL, from row `limit` on."""
+    columns = tl.arange(0, WIDTH)
     pointers = base + rows[:, None] * stride + columns[None, :]
     if TAIL:
         mask = (rows < limit)[:, None] & (columns < D)[None, :]
         return tl.load(pointers, mask=mask, other=0.0)
-    if FIRST + WIDTH > D:
+    if WIDTH > D:
         return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
     return tl.load(pointers)
 
 
 @triton.jit
 def _attend(
-    state, q0, q1, k, v, k_stride, v_stride, keys_left, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    state, q, k, v, k_stride, v_stride, keys_left, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Fold one block of keys into the running output, maximum and sum."""
-    acc0, acc1, row_max, row_sum = state
+    acc, row_max, row_sum = state
     keys = tl.arange(0, BLOCK_N)
     # Scores
-    k0 = _load(k, keys, k_stride, keys_left, D, 0, D0, TAIL)
-    scores = tl.dot(q0, k0.T, input_precision="ieee")
-    if D1 > 0:
-        k1 = _load(k, keys, k_stride, keys_left, D, D0, D1, TAIL)
-        scores = tl.dot(q1, k1.T, scores, input_precision="ieee")
+    key_tile = _load(k, keys, k_stride, keys_left, D, WIDTH, TAIL)
+    scores = tl.dot(q, key_tile.T, input_precision="ieee")
     if TAIL:
         scores = tl.where((keys < keys_left)[None, :], scores, -float("inf"))
     # Softmax
@@ -74,17 +72,14 @@ def _attend(
     row_sum = row_sum * correction + tl.sum(p, 1)
     # Output
     p = p.to(v.dtype.element_ty)
-    v0 = _load(v, keys, v_stride, keys_left, D, 0, D0, TAIL)
-    acc0 = tl.dot(p, v0, acc0 * correction[:, None], input_precision="ieee")
-    if D1 > 0:
-        v1 = _load(v, keys, v_stride, keys_left, D, D0, D1, TAIL)
-        acc1 = tl.dot(p, v1, acc1 * correction[:, None], input_precision="ieee")
-    return acc0, acc1, new_max, row_sum
+    value_tile = _load(v, keys, v_stride, keys_left, D, WIDTH, TAIL)
+    acc = tl.dot(p, value_tile, acc * correction[:, None], input_precision="ieee")
+    return acc, new_max, row_sum
 
 
 @triton.jit
-def _store(out, acc, row_sum, rows, stride, limit, D, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    columns = FIRST + tl.arange(0, WIDTH)
+def _store(out, acc, row_sum, rows, stride, limit, D, WIDTH: tl.constexpr):
+    columns = tl.arange(0, WIDTH)
     mask = (rows < limit)[:, None] & (columns < D)[None, :]
     value = (acc / row_sum[:, None]).to(out.dtype.element_ty)
     tl.store(out + rows[:, None] * stride + columns[None, :], value, mask=mask)
@@ -94,7 +89,7 @@ def _store(out, acc, row_sum, rows, stride, limit, D, FIRST: tl.constexpr, WIDTH
 def attention_kernel(
     q, k, v, out, N, M, H, scale, q_stride_b, q_stride_n, q_stride_h,
     k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Indices: scalars in 64 bits, as a tensor may exceed 2^31 elements; 32 bits inside a tile.
@@ -110,46 +105,35 @@ def attention_kernel(
     rows_left = (N - first_query).to(tl.int32)
 
     # Load
-    q0 = _load(q, rows, q_stride_n, rows_left, D, 0, D0, True)
-    q1 = q0
-    acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
-    acc1 = acc0
-    if D1 > 0:
-        q1 = _load(q, rows, q_stride_n, rows_left, D, D0, D1, True)
-        acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    q_tile = _load(q, rows, q_stride_n, rows_left, D, WIDTH, True)
+    acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     # A finite first maximum: after -inf, a block of scores that are all -inf would give
     # exp2(-inf + inf) = NaN in a row whose other keys are finite.
     row_max = tl.full([BLOCK_M], -3.0e38, tl.float32)
-    state = (acc0, acc1, row_max, tl.zeros([BLOCK_M], tl.float32))
+    state = (acc, row_max, tl.zeros([BLOCK_M], tl.float32))
 
     # Compute
     full_blocks = M // BLOCK_N
     for _ in range(full_blocks):
         state = _attend(
-            state, q0, q1, k, v, k_stride_n, v_stride_n, BLOCK_N, scale, D, D0, D1, BLOCK_N, False
+            state, q_tile, k, v, k_stride_n, v_stride_n, BLOCK_N, scale, D, WIDTH, BLOCK_N, False
         )
         k += tl.cast(k_stride_n, tl.int64) * BLOCK_N
         v += tl.cast(v_stride_n, tl.int64) * BLOCK_N
     keys_left = M - full_blocks * BLOCK_N
     if keys_left > 0:
         state = _attend(
-            state, q0, q1, k, v, k_stride_n, v_stride_n, keys_left, scale, D, D0, D1, BLOCK_N, True
+            state, q_tile, k, v, k_stride_n, v_stride_n, keys_left, scale, D, WIDTH, BLOCK_N, True
         )
 
     # Store
-    acc0, acc1, row_max, row_sum = state
-    _store(out, acc0, row_sum, rows, H * D, rows_left, D, 0, D0)
-    if D1 > 0:
-        _store(out, acc1, row_sum, rows, H * D, rows_left, D, D0, D1)
+    acc, row_max, row_sum = state
+    _store(out, acc, row_sum, rows, H * D, rows_left, D, WIDTH)
 
 
-def head_chunks(head_dim: int) -> tuple[int, int]:
-    """Two powers of two, at least 16 (or 0), that cover head_dim: 40 -> (32, 16), 64 -> (64, 0)."""
-    first = max(16, 1 << (head_dim.bit_length() - 1))
-    if first >= head_dim:
-        return first, 0
-    rest = max(16, triton.next_power_of_2(head_dim - first))
-    return (2 * first, 0) if rest == first else (first, rest)
+def padded_width(head_dim: int) -> int:
+    """The power of two, at least 16, that holds head_dim."""
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 def tiles_for(queries: int, keys: int, heads: int, q: Tensor, device: Device) -> Tiles:
@@ -159,7 +143,7 @@ def tiles_for(queries: int, keys: int, heads: int, q: Tensor, device: Device) ->
         # FMA units: Triton keeps whole rows of both operands in registers and spills from D = 128
         # on. Exact, not fast.
         return Tiles(16, 32, 4, 1) if head_dim > 64 else Tiles(32, 32, 4, 2)
-    padded = sum(head_chunks(head_dim))
+    padded = padded_width(head_dim)
     # 64 rows are one warpgroup's wgmma; two warpgroups share each block of keys where there are
     # enough queries to fill every multiprocessor that way.
     full = triton.cdiv(queries, 128) * heads >= device.multiprocessors
@@ -201,12 +185,11 @@ def attention(
     if scale < 0:  # the running maximum assumes that scaling keeps the order of the scores
         q, scale = -q, -scale
     tiles = tiles or tiles_for(queries, keys, batch * heads, q, device_of(q))
-    chunks = head_chunks(head_dim)
     grid = (triton.cdiv(queries, tiles.block_m) * batch * heads,)
     with on_device(q):
         attention_kernel[grid](
             q, k, v, out, queries, keys, heads, scale * LOG2E, *q.stride()[:3], *k.stride()[:3],
-            *v.stride()[:3], head_dim, *chunks, tiles.block_m, tiles.block_n,
+            *v.stride()[:3], head_dim, padded_width(head_dim), tiles.block_m, tiles.block_n,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return out

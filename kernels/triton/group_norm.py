@@ -57,7 +57,9 @@ def one_pass_kernel(
     value = tl.load(x + base + offsets, mask=mask, other=0.0).to(tl.float32)
     # Reduce
     count = tl.cast(width * S, tl.float32)
-    mean = tl.sum(tl.sum(value, 1), 0) / count
+    # Distances from one element of the group: a sum of large values would round at their size.
+    value -= tl.load(x + base).to(tl.float32)
+    mean = tl.sum(tl.sum(tl.where(mask, value, 0.0), 1), 0) / count
     centred = tl.where(mask, value - mean, 0.0)
     variance = tl.sum(tl.sum(centred * centred, 1), 0) / count
     # Store
@@ -77,15 +79,19 @@ def statistics_kernel(
     sample = tl.program_id(2).to(tl.int64)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     columns = x + sample * x_b + channels.to(tl.int64)[None, :] * x_c
-    # Reduce
+    # Reduce, as distances from the channel's first pixel of the run: a sum of large values would
+    # round at their size.
+    first_pixel = (run * tiles * BLOCK_S).to(tl.int64) * x_s
+    inside = (channels < C)[None, :]
+    origin = tl.load(columns + first_pixel, mask=inside, other=0.0).to(tl.float32)
     count = 0.0
     mean = tl.zeros([BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_C], tl.float32)
     for tile in range(tiles):
         pixels = (run * tiles + tile) * BLOCK_S + tl.arange(0, BLOCK_S)
-        mask = (pixels < S)[:, None] & (channels < C)[None, :]
+        mask = (pixels < S)[:, None] & inside
         value = tl.load(columns + pixels.to(tl.int64)[:, None] * x_s, mask=mask, other=0.0)
-        value = value.to(tl.float32)
+        value = tl.where(mask, value.to(tl.float32) - origin, 0.0)
         added = tl.minimum(tl.maximum(S - (run * tiles + tile) * BLOCK_S, 0), BLOCK_S)
         added = tl.cast(added, tl.float32)
         total = tl.maximum(count + added, 1.0)
@@ -97,7 +103,7 @@ def statistics_kernel(
         count += added
     # Store
     offsets = (sample * tl.num_programs(0) + run) * C + channels
-    tl.store(means + offsets, mean, mask=channels < C)
+    tl.store(means + offsets, tl.sum(origin, 0) + mean, mask=channels < C)
     tl.store(m2s + offsets, m2, mask=channels < C)
 
 
