@@ -113,7 +113,8 @@ class Op:
             self.check(values)
         dtypes = [t.dtype for t in tensors.values()]
         floating = [dtype for dtype in dtypes if dtype.is_floating_point]
-        dtype: torch.dtype = (*floating, values.get("dtype"), *dtypes)[0] or dtypes[0]
+        asked: Any = values.get("dtype")  # of ops whose result has another dtype than their input
+        dtype = floating[0] if floating else asked or dtypes[0]
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
         return Call(self.name, values, device, dtype, device_arch(device), needs_grad, autocast)
 
