@@ -110,18 +110,23 @@ def silu_torch(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(x)
 
 
-def silu_with(program: Callable[[torch.dtype], loader.Program]) -> Callable[[Tensor], Tensor]:
+def silu_with(
+    program: Callable[[torch.dtype], loader.Program], threads: int = THREADS, vecs: int = VECS
+) -> Callable[[Tensor], Tensor]:
     def silu(x: Tensor) -> Tensor:
         out = torch.empty_like(x)
         if x.numel():
-            entry, grid = f"silu_{SUFFIX[x.dtype]}", (blocks(x.numel(), x), 1, 1)
-            program(x.dtype).launch(entry, grid, (THREADS, 1, 1), (x, out, x.numel()))
+            entry, n = f"silu_{SUFFIX[x.dtype]}", x.numel()
+            grid = (blocks(n, x, threads * vecs), 1, 1)
+            program(x.dtype).launch(entry, grid, (threads, 1, 1), (x, out, n))
         return out
 
     return silu
 
 
-def axpby_with(program: Callable[[torch.dtype], loader.Program]) -> Callable[..., Tensor]:
+def axpby_with(
+    program: Callable[[torch.dtype], loader.Program], threads: int = THREADS, vecs: int = VECS
+) -> Callable[..., Tensor]:
     def axpby(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
         out = torch.empty_like(x)
         if x.numel() == 0:
@@ -130,17 +135,17 @@ def axpby_with(program: Callable[[torch.dtype], loader.Program]) -> Callable[...
         a, b = (0.0 if isinstance(c, Tensor) else float(c) for c in (a, b))
         samples = 1 if a_each is None and b_each is None else x.shape[0]
         n = x.numel() // samples
-        grid = (blocks(n, x), min(samples, MAX_GRID_Y), 1)
+        grid = (blocks(n, x, threads * vecs), min(samples, MAX_GRID_Y), 1)
         args = (x, y, out, a_each, b_each, n, samples, a, b)
-        program(x.dtype).launch(f"axpby_{SUFFIX[x.dtype]}", grid, (THREADS, 1, 1), args)
+        program(x.dtype).launch(f"axpby_{SUFFIX[x.dtype]}", grid, (threads, 1, 1), args)
         return out
 
     return axpby
 
 
-def blocks(n: int, x: Tensor) -> int:
-    """Blocks for n elements: THREADS * VECS vectors of 16 bytes each."""
-    return -(-n * x.element_size() // (THREADS * VECS * 16))
+def blocks(n: int, x: Tensor, block_vectors: int) -> int:
+    """Blocks for n elements of x, `block_vectors` vectors of 16 bytes each."""
+    return -(-n * x.element_size() // (block_vectors * 16))
 
 
 def ptx_program(name: str) -> Callable[[torch.dtype], loader.Program]:
@@ -213,7 +218,7 @@ def combination_samples(op: str) -> Callable[..., list[tuple[tuple, dict]]]:
         def each(value: float) -> Tensor:
             return torch.linspace(value, value / 2, 3, device=device)
 
-        values = dict(zip(names, (0.8, 0.3), strict=False))
+        values: dict[str, Any] = dict(zip(names, (0.8, 0.3), strict=False))
         cases = [(pair(2, 3, 5, 7), values)]
         if names:
             cases.append((pair(3, 1, 43), {n: each(v) for n, v in values.items()}))

@@ -54,7 +54,8 @@ def check(op: str, values: Mapping[str, Any]) -> None:
 def is_channels_last(x: TensorSpec | Tensor) -> bool:
     """Channels next to each other and pixels without gaps, whatever the number of dimensions."""
     channels = x.shape[1]
-    strides, expected = [], channels
+    strides: list[int] = []
+    expected = channels
     for size in reversed(x.shape[2:]):
         strides.insert(0, expected)
         expected *= size
@@ -144,10 +145,12 @@ def device_limits(device: int) -> tuple[bool, int]:
     return found
 
 
-def ptx_program(op: str, shape: Shape, p: Plan, dtype: torch.dtype) -> loader.Program:
+def ptx_program(
+    op: str, shape: Shape, p: Plan, dtype: torch.dtype, bf16_silu: str = "silu_tanh"
+) -> loader.Program:
     activation = "silu" if op == "group_norm_silu" else "none"
     if activation == "silu" and dtype == torch.bfloat16:
-        activation = "silu_tanh"
+        activation = bf16_silu
     variables: dict[str, Any] = {"op": op, "dtype": SUFFIX[dtype], "ACTIVATION": activation}
     variables |= {"E": p.elements, "VECS": p.vecs, "THREADS": p.threads}
     variables |= {"REGISTERS": min(255, 65536 // p.threads // 8 * 8)}

@@ -1,0 +1,150 @@
+"""Plan sweep of group_norm_silu on a GPU: parity first, then time beside eager and a copy.
+
+    python bench/sweeps/group_norm.py [CASE-SUBSTRING]      writes $OUT/sweep-group-norm.json
+
+A case is a shape of a Stable Diffusion U-Net or autoencoder and a layout. Every plan that fits
+(group_norm_plan.plans) is tried, the cheapest by the model first; the one that `plan` would take
+is marked, so that the model's constants can be corrected. Each case runs in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from mirage_hello.bench import harness
+from mirage_hello.kernels import group_norm as page
+from mirage_hello.kernels import ops, parity
+from mirage_hello.kernels.group_norm_plan import Plan, Shape, plan, plans
+from mirage_hello.ptx import loader
+
+LIMIT_S = 120
+MAX_PLANS = 64
+GROUPS = 32
+SHAPES = {
+    "320 @64": (1, 320, 64),
+    "960 @64": (1, 960, 64),
+    "640 @32": (1, 640, 32),
+    "1920 @32": (1, 1920, 32),
+    "1280 @16": (1, 1280, 16),
+    "2560 @16": (1, 2560, 16),
+    "1280 @8": (1, 1280, 8),
+    "128 @512": (1, 128, 512),
+    "512 @128": (1, 512, 128),
+    "n8 320 @64": (8, 320, 64),
+}
+CASES = [f"{shape} {layout}" for layout in ("nhwc", "nchw") for shape in SHAPES]
+
+
+def label(p: Plan) -> str:
+    sizes = f"{p.columns}x{p.lanes} threads, {p.vecs} x {p.elements} elements"
+    if p.passes == 2:
+        return f"two passes, {p.slices} slices, {sizes}, {p.slab_groups} groups"
+    return f"cluster {p.cluster}, {p.slab_groups} groups, {sizes}"
+
+
+def run_case(name: str) -> dict:
+    shape_name, layout = name.rsplit(" ", 1)
+    images, channels, edge = SHAPES[shape_name]
+    x = torch.randn(images, channels, edge, edge, device="cuda").bfloat16() + 1
+    if layout == "nhwc":
+        x = x.to(memory_format=torch.channels_last)
+    weight, bias = (torch.randn(channels, device="cuda").bfloat16() for _ in range(2))
+    shape = page.shape_of(x, GROUPS, 16, *page.device_limits(0))
+    candidates = sorted(plans(shape), key=lambda p: p.estimate_us)[:MAX_PLANS]
+    two = [p for p in plans(shape) if p.passes == 2]
+    candidates += [p for p in two if p not in candidates]
+    arch = loader.device_arch(0)
+
+    def program(p: Plan) -> loader.Program:
+        return page.ptx_program("group_norm_silu", shape, p, x.dtype)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda p: program(p).compile(arch), candidates))
+    truth = ops.group_norm_silu.reference(x.double(), GROUPS, weight.double(), bias.double())
+    plain = ops.group_norm_silu.torch_kernel.run(x, GROUPS, weight, bias)
+    wrong, good = {}, {}
+    for p in candidates:
+        call = contender(shape, p, x, weight, bias)
+        result = parity.judge(call(), plain, truth)
+        if result.passed:
+            good[label(p)] = call
+        else:
+            wrong[label(p)] = str(result)
+            print(f"{name} {label(p)} WRONG {result}", flush=True)
+    del truth, plain
+    peers = {
+        "copy": lambda: x.clone(),
+        "eager": lambda: torch.nn.functional.silu(
+            torch.nn.functional.group_norm(x, GROUPS, weight, bias)
+        ),
+    }
+    exact = contender(shape, candidates[0], x, weight, bias, bf16_silu="silu")
+    effort = harness.Effort(rounds=8, sample_us=600.0)
+    timed = harness.measure({**peers, "exact silu": exact, **good}, "cuda", effort=effort)
+    medians = {key: t.median_us for key, t in timed.items()}
+    chosen = label(plan(shape))  # type: ignore[arg-type]
+    print(f"{name}: eager {medians['eager']:.2f} us, copy {medians['copy']:.2f} us", flush=True)
+    estimates = {label(p): p.estimate_us for p in candidates}
+    ranked = sorted((us, key) for key, us in medians.items() if key in good)
+    for rank, (us, key) in enumerate(ranked):
+        if rank < 6 or key == chosen or key in [label(p) for p in two][:1]:
+            mark = "<- plan" if key == chosen else ""
+            ratio = medians["eager"] / us
+            line = f"{us:8.2f} us (model {estimates[key]:6.2f})  {ratio:5.2f} x eager  {key} {mark}"
+            print("   " + line, flush=True)
+    print(f"   exact silu with the first plan: {medians['exact silu']:.2f} us", flush=True)
+    return {
+        "case": name,
+        "time_us": medians,
+        "estimate_us": estimates,
+        "plan": chosen,
+        "wrong": wrong,
+    }
+
+
+def contender(shape: Shape, p: Plan, x, weight, bias, bf16_silu: str = "silu_tanh"):
+    """A call of plan p, its output newly allocated as the op does it."""
+
+    def program(op, shape, p, dtype):
+        return page.ptx_program(op, shape, p, dtype, bf16_silu)
+
+    def call():
+        out = torch.empty_like(x)
+        page.launch(program, "group_norm_silu", shape, p, (x, weight, bias, out), 1e-5)
+        return out
+
+    return call
+
+
+def main() -> int:
+    out = os.environ.get("OUT", ".")
+    if len(sys.argv) > 2 and sys.argv[1] == "--case":
+        with open(f"{out}/.case.json", "w") as f:
+            json.dump(run_case(sys.argv[2]), f)
+        return 0
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    results = []
+    for name in CASES:
+        if wanted not in name:
+            continue
+        command = [sys.executable, __file__, "--case", name]
+        try:
+            code = str(subprocess.run(command, timeout=LIMIT_S, check=False).returncode)
+        except subprocess.TimeoutExpired:
+            code = "timed out"
+        if code != "0":
+            print(f"{name}: failed ({code})", flush=True)
+            continue
+        with open(f"{out}/.case.json") as f:
+            results.append(json.load(f))
+        with open(f"{out}/sweep-group-norm.json", "w") as f:
+            json.dump(results, f, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
