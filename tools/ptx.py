@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import time
 from pathlib import Path
 
 from mirage_hello.tools.errors import BadInput, unknown_name
@@ -84,13 +85,13 @@ def _text(args: argparse.Namespace) -> str:
         return text
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(args.file.parent),
-        block_start_string="<%",
-        block_end_string="%>",
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+    from mirage_hello.ptx import assembler
+
+    # The project's own template settings, with the file's folder searched first.
+    environment = assembler._templates.overlay(
+        loader=jinja2.ChoiceLoader(
+            [jinja2.FileSystemLoader(args.file.parent), assembler._templates.loader]
+        )
     )
     values = dict(_split(d, "--define NAME=VALUE") for d in args.define)
     variables = {k: int(v) if re.fullmatch(r"-?\d+", v) else v for k, v in values.items()}
@@ -140,6 +141,7 @@ def _launch(args: argparse.Namespace, module) -> int:
     tensors = _tensors(args)
     values = [_argument(text, tensors) for text in args.args or ()]
     checks = args.what != "count"
+    begin = time.perf_counter()
     try:
         report = emulator.launch(
             module, entry, _sizes(args.grid), _block(args, module, entry), values, args.smem,
@@ -147,6 +149,7 @@ def _launch(args: argparse.Namespace, module) -> int:
         )  # fmt: skip
     except emulator.EmulatorError as error:
         report = error.report
+    seconds = time.perf_counter() - begin
     for item in args.save:
         name, path = _split(item, "--save NAME=FILE.npy")
         _save(tensors, name, path)
@@ -154,7 +157,7 @@ def _launch(args: argparse.Namespace, module) -> int:
         from mirage_hello.ptx.emulator import listing
 
         args.html.write_text(listing.page(module, report))
-    _print(args, report)
+    _print(args, report, seconds)
     return 1 if report.findings else 0
 
 
@@ -261,16 +264,16 @@ def _save(tensors: dict, name: str, path: str) -> None:
     np.save(path, wide.numpy())
 
 
-def _print(args: argparse.Namespace, report) -> None:
+def _print(args: argparse.Namespace, report, seconds: float) -> None:
     if args.json:
-        print(json.dumps(report.as_dict(), indent=1))
+        print(json.dumps({**report.as_dict(), "seconds": seconds}, indent=1))
         return
     for finding in report.findings:
         print(finding)
     if args.what == "check":
         print(f"{report.kernel}: {len(report.findings)} finding(s)")
         return
-    print(f"{report.kernel}: {len(report.findings)} finding(s)\n")
+    print(f"{report.kernel}: {len(report.findings)} finding(s), {seconds:.2f} s on the CPU\n")
     for name, value in report.counts.totals().items():
         print(f"  {name.replace('_', ' '):28s} {value:>16,}")
     print("\n  warp instructions by class")

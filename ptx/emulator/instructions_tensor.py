@@ -46,6 +46,7 @@ class TensorCopy:
         if not isinstance(place, TensorPlace):
             op.fail("needs [map, {coordinates}]")
         self.op, self.pc = op, op.pc
+        self.store = shared > tensor  # the destination comes first
         self.map = op.place(place.map)
         self.coordinates = [op.reader(c, "b32") for c in place.coordinates]
         self.shared = op.address(shared)
@@ -65,7 +66,9 @@ class TensorCopy:
         )
         offsets = scalars(lanes, position, *self.offsets)
         try:
-            return tensor_map.transfer(described, coordinates, shared_address, offsets, base)
+            return tensor_map.transfer(
+                described, coordinates, shared_address, offsets, base, self.store
+            )
         except ValueError as error:
             issue.m.findings.add("tensor-map", self.pc, issue.thread, shared_address, str(error))
             return None
@@ -138,6 +141,10 @@ def _tensor_load(op):
 
 def _box_words(shadow, flat, size):
     """Shadow words of the elements at `flat`; a whole box is one dense range."""
+    if not len(flat):
+        return np.zeros(0, np.int64)
+    if not len(flat):
+        return flat
     low, high = int(flat.min()), int(flat.max()) + size
     if high - low == len(flat) * size:
         return np.arange(low // shadow.granule, high // shadow.granule)
