@@ -8,7 +8,7 @@ from every_backend import PROPERTY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_hello.kernels import explain, ops, parity
+from mirage_hello.kernels import elementwise, explain, ops, parity
 from mirage_hello.kernels.elementwise import COMBINATIONS
 from mirage_hello.ptx import assembler
 
@@ -77,6 +77,12 @@ def test_ptx_variants_of_the_sweep_do_not_spill(name, threads, vecs):
     text = assembler.render(name, dtype="bf16", THREADS=threads, VECS=vecs, LOAD=".nc", STORE=".cs")
     _, report = assembler.ptxas(text, "sm_90a", ("-v",), name)
     assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}, report
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_source_compiles(dtype, arch):
+    assert elementwise.cuda_program(dtype).compile(arch)
 
 
 # Parity

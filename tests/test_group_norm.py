@@ -105,6 +105,16 @@ def test_ptx_of_odd_shapes_does_not_spill(channels, groups, spatial, dtype):
             resources(rendered("group_norm", shape, chosen, dtype), "sm_80")
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_cuda_source_compiles(channels_last, dtype, arch):
+    clusters = arch != "sm_80"
+    shape = Shape(1, 320, 1024, 32, dtype.itemsize, channels_last, clusters=clusters)
+    for p in (plan(shape), next(p for p in plans(shape) if p.passes == 2)):
+        assert page.cuda_program("group_norm_silu", shape, p, dtype).compile(arch)
+
+
 # Parity
 
 
