@@ -12,6 +12,7 @@ Facts of PyCUDA (2026.1) that shape it:
 
 import atexit
 import contextlib
+import ctypes
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,7 @@ _spare_streams: dict[int, list[tuple[Any, torch.cuda.ExternalStream]]] = {}
 _keep: list[Any] = []
 # Made with the context, so that a capture, which has a stream of its own, need not create one.
 SPARE_STREAMS = 8
+_SET_CAPTURE_DEPENDENCIES = 1  # CU_STREAM_SET_CAPTURE_DEPENDENCIES
 
 
 class DriverError(RuntimeError):
@@ -78,8 +80,34 @@ def launch_stream(device: int) -> Iterator[Any]:
         return
     stream, external = _streams.get((device, current.cuda_stream)) or _new_stream(device, current)
     external.wait_stream(current)
+    capturing = torch.cuda.is_current_stream_capturing()
+    if capturing:
+        _depend_like(external, current)
     yield stream
     current.wait_stream(external)
+    if capturing:
+        _depend_like(current, external)
+
+
+def _depend_like(stream: torch.cuda.Stream, other: torch.cuda.Stream) -> None:
+    """Captured work that follows on `stream` shall depend on what `other`'s does, no more.
+
+    A wait adds to a capturing stream's dependencies and takes none away: after n launches, the
+    next would have an edge from each of them, and a graph of small kernels would run at half its
+    speed (measured on an H200: 2.3 us a node against 1.4).
+    """
+    driver = ctypes.CDLL("libcuda.so.1")
+    status, serial, count = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_size_t()
+    graph, nodes = ctypes.c_void_p(), ctypes.POINTER(ctypes.c_void_p)()
+    code = driver.cuStreamGetCaptureInfo_v2(
+        ctypes.c_void_p(other.cuda_stream), ctypes.byref(status), ctypes.byref(serial),
+        ctypes.byref(graph), ctypes.byref(nodes), ctypes.byref(count),
+    )  # fmt: skip
+    code = code or driver.cuStreamUpdateCaptureDependencies(
+        ctypes.c_void_p(stream.cuda_stream), nodes, count, _SET_CAPTURE_DEPENDENCIES
+    )
+    if code:
+        raise DriverError(f"the dependencies of a capture cannot be set (CUresult {code})")
 
 
 def _new_stream(device: int, current: torch.cuda.Stream) -> tuple[Any, torch.cuda.ExternalStream]:

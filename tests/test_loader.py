@@ -1,5 +1,6 @@
 """The loader: compile, cache, pack arguments; on a GPU: streams, graphs, threads, exit."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -202,6 +203,24 @@ def test_inside_a_cuda_graph(probe):
         x.normal_()
         graph.replay()
         torch.testing.assert_close(y, 8 * (x + 1) + 7)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_is_a_plain_chain(probe):
+    """n kernels have n - 1 edges between them: one from each to the next."""
+    x = torch.randn(1000, device="cuda")
+    scale(probe, x)
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        y = x + 1
+        for _ in range(5):
+            probe.launch("scale", (8,), (128,), (y, y, 1000, 2.0, 1.0))
+            y += 1
+    driver, handle = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(graph.raw_cuda_graph())
+    nodes, edges = ctypes.c_size_t(), ctypes.c_size_t()
+    assert driver.cuGraphGetNodes(handle, None, ctypes.byref(nodes)) == 0
+    assert driver.cuGraphGetEdges(handle, None, None, ctypes.byref(edges)) == 0
+    assert (nodes.value, edges.value) == (11, 10)
 
 
 @pytest.mark.gpu
