@@ -9,6 +9,7 @@ Forms are grouped; one group is one PTX module with one entry per form.
 
 import functools
 import hashlib
+import importlib
 import re
 import string
 import zlib
@@ -22,6 +23,10 @@ from exact_rounding import random_bits
 from mirage_hello.ptx import loader
 
 N = 512  # elements of a scalar form: 2 blocks of 256 threads
+TABLES = (
+    *("float", "compare", "integer", "cvt", "warp", "memory", "matrix", "wgmma"),
+    *("async", "tensor", "cluster"),
+)
 TORCH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # PTX type of an operand -> (bytes in memory, register declaration, load and store suffix)
@@ -267,18 +272,9 @@ def program_of(group):
 @functools.cache
 def groups():
     """{group name: forms}, everything that the tables define."""
-    import ptx_forms_async
-    import ptx_forms_compare
-    import ptx_forms_cvt
-    import ptx_forms_float
-    import ptx_forms_integer
-    import ptx_forms_matrix
-    import ptx_forms_memory
-    import ptx_forms_warp
-
-    tables = (ptx_forms_float, ptx_forms_compare, ptx_forms_integer, ptx_forms_cvt, ptx_forms_warp)
     out = {}
-    for table in (*tables, ptx_forms_memory, ptx_forms_matrix, ptx_forms_async):
+    for name in TABLES:
+        table = importlib.import_module(f"ptx_forms_{name}")
         for form in table.forms():
             out.setdefault(form.group, []).append(form)
     names = [f.name for forms in out.values() for f in forms]

@@ -60,12 +60,25 @@ def arithmetic(kind, function, mode="rn", ftz=False, sat=False, relu=False):
             exact = function(*(Fraction(v) for v in values)) if finite else None
             with np.errstate(all="ignore"):
                 plain = float(function(*(np.float64(v) for v in values)))
+            if len(values) == 3 and math.isinf(values[2]) and all(map(math.isfinite, values[:2])):
+                plain = values[2]  # a finite product may overflow here, not on the GPU
             if exact == 0 and mode == "rm" and not _same_sign(function, values):
                 plain = -0.0
             out[i] = rounded(kind, exact, plain, mode, ftz, sat, relu)
+            if kind == "f64" and math.isnan(plain):
+                out[i] = nan_of_f64([int(r[i]) for r in raw])
         return [out]
 
     return oracle
+
+
+def nan_of_f64(operands):
+    """f64 passes on a NaN operand, made quiet (b before a before c), or makes the default one."""
+    *rest, last = operands if len(operands) < 3 else (operands[2], operands[0], operands[1])
+    for bits in (last, *rest[::-1]):
+        if bits & (1 << 63) - 1 > 0x7FF << 52:
+            return bits | 1 << 51
+    return 0xFFF8000000000000
 
 
 def _same_sign(function, values):

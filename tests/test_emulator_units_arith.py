@@ -141,8 +141,20 @@ def test_packed_arithmetic_is_elementwise():
             np.testing.assert_array_equal(got[half], arith.fma(kind, *(s[half] for s in split)))
         lows = formats.split2(arith.maximum(f"{kind}x2", a, b), kind)[0]
         np.testing.assert_array_equal(lows, arith.maximum(kind, split[0][0], split[1][0]))
-        np.testing.assert_array_equal(arith.neg(f"{kind}x2", a), a ^ np.uint32(0x80008000))
-        np.testing.assert_array_equal(arith.absolute(f"{kind}x2", a), a & np.uint32(0x7FFF7FFF))
+        for unary in (arith.neg, arith.absolute):
+            low, high = formats.split2(unary(f"{kind}x2", a), kind)
+            np.testing.assert_array_equal(low, unary(kind, split[0][0]))
+            np.testing.assert_array_equal(high, unary(kind, split[0][1]))
+
+
+def test_neg_and_abs_touch_only_the_sign_of_numbers():
+    a = np.array([0x3F800000, 0x80000000, 0xFF800000, 0xFFC00001, 0x00000001], np.uint32)
+    want = [0xBF800000, 0, 0x7F800000, 0x7FFFFFFF, 0x80000001]
+    np.testing.assert_array_equal(arith.neg("f32", a), want)
+    want = [0x3F800000, 0, 0x7F800000, 0x7FFFFFFF, 1]
+    np.testing.assert_array_equal(arith.absolute("f32", a), want)
+    nan = np.array([0xFFF0000000000001], np.uint64)
+    assert arith.neg("f64", nan)[0] == arith.absolute("f64", nan)[0] == 0xFFF8000000000001
 
 
 def test_min_max_nan_and_signed_zero():
