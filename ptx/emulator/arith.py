@@ -45,13 +45,13 @@ def _finish(kind, bits, ftz, sat, relu=False):
 
 
 def _finish64(values, *operands):
-    """float64 results to bits: the first NaN operand, made quiet, or the default NaN."""
+    """float64 results to bits: the last NaN of `operands`, made quiet, or the default NaN."""
     out = formats.as_register(values.view(np.uint64), "f64")
     nan = np.isnan(values)
     if not nan.any():
         return out
     result = np.full(out.shape, DEFAULT_NAN_F64)
-    for operand in operands[::-1]:
+    for operand in operands:
         result = np.where(np.isnan(decode("f64", operand)), operand | QUIET_F64, result)
     return np.where(nan, result, out)
 
@@ -84,6 +84,21 @@ def add(kind, a, b, rounding="rn", ftz=False, sat=False):
         return _finish64(exact64.add(x, y, rounding), a, b)
     total = _zero_sign(formats.odd_sum(x, y), x, y, rounding)
     return _finish(kind, encode(kind, total, rounding), ftz, sat)
+
+
+def add_in_global_memory(kind, a, b):
+    """atom.add and red.add in global memory, where the L2 cache adds.
+
+    f32 flushes subnormal operands and results; f64 passes a NaN operand on without making it
+    quiet (both seen on an H200); the other types are `add`.
+    """
+    if kind == "f32":
+        return add(kind, a, b, ftz=True)
+    out = add(kind, a, b)
+    if kind == "f64":
+        for operand in (b, a):
+            out = np.where(np.isnan(decode(kind, operand)), operand, out)
+    return out
 
 
 @_elementwise
@@ -121,7 +136,7 @@ def fma(kind, a, b, c, rounding="rn", ftz=False, sat=False, relu=False):
     a, b, c = _inputs(kind, (a, b, c), ftz)
     x, y, z = (decode(kind, o) for o in (a, b, c))
     if kind == "f64":
-        return _finish64(exact64.fma(x, y, z, rounding), a, b, c)
+        return _finish64(exact64.fma(x, y, z, rounding), c, a, b)
     with np.errstate(all="ignore"):
         product = x * y
         total = product + z

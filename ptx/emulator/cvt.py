@@ -136,6 +136,7 @@ def float_to_float(
     bits = as_register(bits, src)
     if ftz and src == "f32":
         bits = formats.flush("f32", bits)
+        bits = np.where(np.isnan(decode(src, bits)), np.uint32(FORMATS["f32"].nan), bits)
     x = decode(src, bits)
     integral = rounding in ("rni", "rzi", "rmi", "rpi")
     if integral:

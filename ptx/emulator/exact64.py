@@ -90,6 +90,8 @@ def fma(x, y, z, rounding="rn"):
     x, y, z = np.broadcast_arrays(np.float64(x), np.float64(y), np.float64(z))
     with np.errstate(all="ignore"):
         plain = x * y + z
+        # An infinite addend decides, though a finite product may overflow here.
+        plain = np.where(np.isinf(z) & np.isfinite(x) & np.isfinite(y), z, plain)
         ordinary = np.isfinite(x) & np.isfinite(y) & np.isfinite(z) & (x != 0) & (y != 0)
         size = [np.frexp(v)[1] for v in (x, y, z)]
         product = size[0] + size[1]

@@ -249,7 +249,7 @@ def testp(op):
             "infinite": magnitude == top,
             "number": magnitude <= top,
             "notanumber": magnitude > top,
-            "normal": (magnitude >= least) & (magnitude < top),
+            "normal": (magnitude == 0) | ((magnitude >= least) & (magnitude < top)),
             "subnormal": (magnitude < least) & (magnitude > 0),
         }
         if test not in answers:

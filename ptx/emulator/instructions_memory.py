@@ -96,6 +96,8 @@ def combiner(op, name, kind):
         return lambda old, b, c: np.where((old == 0) | (old > b), b, old - old.dtype.type(1))
     if is_float(kind):
         function = {"add": arith.add, "min": arith.minimum, "max": arith.maximum}[name]
+        if name == "add" and not op.has("shared"):
+            function = arith.add_in_global_memory
         return lambda old, b, c: function(kind, old, b)
     if name in ("min", "max"):
         function = integer.minimum if name == "min" else integer.maximum

@@ -14,8 +14,8 @@ ceil(box[d] / element_strides[d]) of them (dimension 0 ignores its element strid
 im2col: `pixels` positions are walked from the base coordinate, W fastest, then H, then N, inside
 [lower, dim + upper) of each spatial dimension, by the element strides; `offsets` are added to each
 position after the walk.
-The box lies dense in shared memory, innermost first, its 16-byte chunks permuted by the swizzle; rows
-narrower than the swizzle are padded to its span.
+The box lies dense in shared memory, innermost first, its 16-byte chunks permuted by the swizzle;
+rows narrower than the swizzle are padded to its span.
 
 Source: PTX ISA 8.x, "Tensors", "cp.async.bulk.tensor"; cuda.h, cuTensorMapEncodeTiled / Im2col.
 """
@@ -120,16 +120,22 @@ def _check_im2col(m, rank):
     _require(1 <= m.pixels <= 1024, f"pixels must be 1..1024 (got {m.pixels})")
 
 
-def check_transfer(tensor_map, coordinates, shared_address, offsets=()):
+def check_transfer(tensor_map, coordinates, shared_address, offsets=(), store=False):
     """What the instruction itself requires.
 
-    Raises: ValueError for a wrong number of coordinates or offsets, or a misaligned shared address
-    (128 bytes; 256, 512, 1024 for the 32-, 64-, 128-byte swizzle).
+    Raises: ValueError for a wrong number of coordinates or offsets, a misaligned shared address
+    (128 bytes; 256, 512, 1024 for the 32-, 64-, 128-byte swizzle), or a negative coordinate of a
+    store (an illegal instruction on an H200).
     """
     rank = len(tensor_map.dims)
     if len(coordinates) != rank:
         raise ValueError(
             f"tensor map: rank {rank} needs {rank} coordinates (got {len(coordinates)})"
+        )
+    if store and min(coordinates) < 0:
+        raise ValueError(
+            f"tensor map: coordinates of a store must not be negative (got {list(coordinates)}); "
+            "only its far edges are clipped"
         )
     alignment = SWIZZLE_ALIGNMENT[tensor_map.swizzle]
     if shared_address % alignment:
@@ -195,18 +201,18 @@ def _im2col_coordinates(tensor_map, coordinates, offsets):
     return [coordinates[0] + channel, *where, coordinates[-1] + carry]
 
 
-def transfer(tensor_map, coordinates, shared_address, offsets=(), base=None):
+def transfer(tensor_map, coordinates, shared_address, offsets=(), base=None, store=False):
     """The elements that one tensor copy moves.
 
     Args: coordinates signed ints, innermost first; shared_address of the box; offsets im2col
     (w, h, ...) u16 values, empty for tiled and for im2col_no_offs; base global address of element
-    0, default tensor_map.tensor.data_ptr().
+    0, default tensor_map.tensor.data_ptr(); store for copies and reductions to global memory.
     Returns: Transfer.
     Raises: ValueError as `check_transfer`.
     """
     m = tensor_map
     coordinates, offsets = [int(c) for c in coordinates], tuple(int(o) for o in offsets)
-    check_transfer(m, coordinates, shared_address, offsets)
+    check_transfer(m, coordinates, shared_address, offsets, store)
     if m.kind == "im2col":
         where = _im2col_coordinates(m, coordinates, offsets)
     else:
