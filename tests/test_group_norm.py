@@ -10,7 +10,7 @@ from every_backend import PROPERTY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_hello.kernels import explain, ops, parity
+from mirage_hello.kernels import explain, group_norm_launch, ops, parity
 from mirage_hello.kernels import group_norm as page
 from mirage_hello.kernels.group_norm_plan import Shape, plan, plans
 from mirage_hello.ptx import assembler
@@ -252,7 +252,10 @@ def test_plans_fill_the_machine_and_fit_on_it(channels, edge):
 def test_magic_numbers_divide():
     for width in (1, 2, 3, 5, 10, 30, 60, 80, 1000):
         for channel in (0, 1, width - 1, width, 8191):
-            assert channel * page.nhwc_magic(width) >> page.NHWC_SHIFT == channel // width
+            assert (
+                channel * group_norm_launch.nhwc_magic(width) >> group_norm_launch.NHWC_SHIFT
+                == channel // width
+            )
 
 
 # What is refused, and the sentence

@@ -3,7 +3,7 @@
 // Compiled with ELEMENT (float, __half, __nv_bfloat16), OP and SUFFIX (parts of the entries' names),
 // SILU, E (elements of an access), S (of them in one group: a segment), VECS (accesses of a thread),
 // CLUSTER (blocks that share a group; 1: none), THREADS (the most a block has).
-// Grids, blocks and shared memory are those of ptx/group_norm_*.ptx.j2; kernels/group_norm.py
+// Grids, blocks and shared memory are those of ptx/group_norm_*.ptx.j2; group_norm_launch.py
 // launches both.
 //
 // The ladder:
