@@ -66,7 +66,7 @@ class Job:
 
     def finished(self):
         """Whether the child ended, or was ended because it made no progress."""
-        count = len([p for p in self.folder.glob("*.npz") if ".part" not in p.name])
+        count = sum(".part" not in p.name for p in self.folder.glob("*.npz"))
         if count != self.count:
             self.progress, self.count, self.limit = time.time(), count, FORM_SECONDS
         if self.process.is_alive() and time.time() - self.progress < self.limit:
@@ -147,7 +147,7 @@ def main():
     (out / "forms.json").write_text(json.dumps(failures, indent=1))
     size = (out / "forms.npz").stat().st_size / 1e6
     print(
-        f"{len(results)} of {len(forms)} forms on {meta['device']}, {size:.1f} MB; {len(failures)} failed"
+        f"{len(results)} of {len(forms)} forms on {device}, {size:.1f} MB; {len(failures)} failed"
     )
 
 
