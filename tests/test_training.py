@@ -248,6 +248,20 @@ def test_a_whole_run_ends_with_a_model(tmp_path, capsys):
         train(config, tmp_path / "run", Options(device="cpu"))
 
 
+def test_a_finished_autoencoder_is_borrowed(tmp_path):
+    options = Options(device="cpu", quiet=True)
+    train(quick(video_steps=0, distill_steps=0), tmp_path / "a", options)
+    path = tmp_path / "a" / "model.safetensors"
+    config = quick(autoencoder=str(path), video_steps=1, distill_steps=0)
+    train(config, tmp_path / "b", options)
+    assert {r["stage"] for r in read_metrics(tmp_path / "b")} == {"video"}
+    a, b = (checkpoint.load(p / "model.safetensors")[1].state_dict()
+            for p in (tmp_path / "a", tmp_path / "b"))  # fmt: skip
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(TrainingError, match="no file"):
+        train(changed(config, {"autoencoder": "none.safetensors"}), tmp_path / "c", options)
+
+
 def test_latents_get_the_deviation_that_the_denoiser_expects(tmp_path):
     config = quick(autoencoder_steps=6, video_steps=0, distill_steps=0)
     train(config, tmp_path / "run", Options(device="cpu", quiet=True))

@@ -26,6 +26,7 @@ class TrainConfig:
 
     model: str = "tiny"  # a preset of mirage_hello.model.PRESETS
     seed: int = 0
+    autoencoder: str = ""  # take it from this checkpoint (or --compact folder), skip its training
     # Data: rendered worlds, or with `video` real clips (a folder or .tar shards).
     video: str = ""
     size: int = 256  # pixels a side
@@ -117,11 +118,11 @@ PRESETS: dict[str, TrainConfig] = {
     "shipped": TrainConfig(minutes=24.0),
     # The two ablations that show that the test is hard: see docs/evaluation.md.
     "no-augmentation": TrainConfig(
-        minutes=8.0, history_noise=0.0, corruption=0.0, error_bank=0.0,
+        minutes=4.0, history_noise=0.0, corruption=0.0, error_bank=0.0,
         history_dropout=0.0, live_share=0.0, distill_steps=0, shares=(0.16, 0.84, 0.0),
     ),
     "no-history": TrainConfig(
-        minutes=8.0, history=False, live_share=0.0, distill_steps=0,
+        minutes=4.0, history=False, live_share=0.0, distill_steps=0,
         shares=(0.16, 0.84, 0.0),
     ),
     # Larger models on several GPUs.

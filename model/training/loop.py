@@ -8,6 +8,7 @@ model.safetensors. It may be stopped at any moment and goes on with `resume=True
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import time
@@ -62,7 +63,13 @@ class Run:
         self.workers = Workers(config, options.device)
         self.denoiser, self.autoencoder = build(config.model, config.seed)
         self.stage_number, self.step, self.stage_s, self.elapsed_s = 0, 0, 0.0, 0.0
+        self.samples = bool(config.sample_every) and not config.video
+        if self.samples and importlib.util.find_spec("av") is None:
+            self.samples = False
+            self.say("no sample videos: PyAV is not installed (pip install av)")
         self.loaded: dict[str, Any] | None = None
+        if config.autoencoder:
+            self.borrow(Path(config.autoencoder))
         if options.resume or options.resume_from:
             self.resume()
         elif states.checkpoints(out / "checkpoints"):
@@ -74,6 +81,19 @@ class Run:
             at = (self.stage_number, self.step) if self.loaded else None
             self.journal = Journal(out, options.tensorboard, at)
             (out / "config.json").write_text(json.dumps(as_dict(config), indent=1) + "\n")
+
+    def borrow(self, path: Path) -> None:
+        """Take a finished autoencoder from a checkpoint or from a compact state."""
+        try:
+            if path.is_dir():
+                weights = states.load_compact(path)["autoencoder"]
+            else:
+                weights = checkpoint.load(path)[1].state_dict()
+        except (ValueError, FileNotFoundError) as error:
+            raise TrainingError(f"config: autoencoder={str(path)!r}: {error}") from error
+        states.check_shapes(weights, self.autoencoder, f"autoencoder of {path}")
+        self.autoencoder.load_state_dict(weights)
+        self.autoencoder.trained = True
 
     def resume(self) -> None:
         """Take the weights and the place from the newest checkpoint or the compact form."""
@@ -154,12 +174,17 @@ class Run:
         return True
 
     def length(self, name: str) -> int:
+        if name == "autoencoder" and self.config.autoencoder:
+            return 0
         return getattr(self.config, f"{name}_steps")
 
     def progress(self, stage) -> float:
         """Of the stage, in [0, 1]: by steps, or by its share of the run's time if that is more."""
         done = self.step / max(1, stage.steps)
-        limit = 60 * self.config.minutes * self.config.shares[self.stage_number]
+        lengths = [self.length(name) for name in STAGES]
+        shares = [s if n else 0.0 for s, n in zip(self.config.shares, lengths, strict=True)]
+        share = shares[self.stage_number] / (sum(shares) or 1.0)
+        limit = 60 * self.config.minutes * share
         return max(done, self.stage_s / limit) if limit else done
 
     def run_stage(self, stage) -> bool:
@@ -193,7 +218,7 @@ class Run:
             if up or self.step % config.checkpoint_every == 0:
                 self.check(stage, *previous, self.step - 1)
                 self.save(stage)
-            if config.sample_every and self.step % config.sample_every == 0:
+            if self.samples and self.step % config.sample_every == 0:
                 self.sample(stage)
             if up:
                 self.say(f"time is up at {stage.name} step {self.step}; go on with --resume")
@@ -259,7 +284,7 @@ class Run:
 
     def sample(self, stage) -> None:
         """A closed-loop video of a held-out world with the averaged weights (first rank writes)."""
-        if stage.name == "autoencoder" or self.config.video:
+        if stage.name == "autoencoder":
             return
         with stage.optimiser.averaged():
             denoiser = self.unsharded() if self.workers.ranks > 1 else self.denoiser

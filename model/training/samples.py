@@ -15,7 +15,7 @@ from mirage_hello.model.data.styles import STYLES
 from mirage_hello.model.data.worlds import WorldConfig, Worlds
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.rollout import Rollout
-from mirage_hello.model.training.config import TrainConfig, TrainingError
+from mirage_hello.model.training.config import TrainConfig
 
 
 def write_sample(
@@ -26,11 +26,7 @@ def write_sample(
     device: torch.device,
     steps: int = 2,
 ) -> None:
-    """One row a style, three columns: input view, output, truth; `sample_frames` frames.
-
-    Raises:
-        TrainingError: PyAV is missing; the text says how to go on without samples.
-    """
+    """One row a style, three columns: input view, output, truth; `sample_frames` frames."""
     styles = list(STYLES)
     worlds = Worlds(WorldConfig(config.size, config.size, config.supersample), device)
     clips = worlds.clips([HELD_OUT + 2] * len(styles))
@@ -45,10 +41,5 @@ def write_sample(
 
     path.parent.mkdir(parents=True, exist_ok=True)
     training = denoiser.training
-    try:
-        write_video(path, frames())
-    except ImportError as error:
-        raise TrainingError(
-            "sample videos need PyAV (pip install av); set sample_every=0 to go on without"
-        ) from error
+    write_video(path, frames())
     denoiser.train(training)

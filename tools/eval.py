@@ -1,0 +1,178 @@
+"""`mirage eval`: closed-loop quality over thousands of frames against rendered truth."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from mirage_hello.tools.arguments import add_device
+from mirage_hello.tools.arguments import add_parser as add
+from mirage_hello.tools.errors import BadInput
+
+FORMAT = "mirage-eval-1"
+EXAMPLES = """\
+  mirage eval                                               the shipped model, 1000 frames
+  mirage eval --checkpoint run/model.safetensors --steps 1 2 8
+  mirage eval --frames 5000 --seeds 8 --device cuda
+  mirage eval --ablation no-augmentation=ablation/model.safetensors
+  mirage eval --page bench/results/eval/tiny.json           plots and a page from results
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser = add(subparsers, "eval", "measure drift, flicker and memory in closed loop", EXAMPLES)
+    parser.add_argument("--checkpoint", type=Path, help="default: the shipped model")
+    parser.add_argument("--teacher", type=Path, help="its teacher, measured at --teacher-steps")
+    parser.add_argument("--teacher-steps", type=int, default=8)
+    parser.add_argument(
+        "--ablation", nargs="+", default=[], metavar="NAME=FILE", help="models that should fail"
+    )
+    parser.add_argument("--steps", type=int, nargs="+", default=[2], help="evaluations a frame")
+    parser.add_argument("--frames", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=8, help="held-out clips of each style")
+    parser.add_argument("--styles", nargs="+", help="default: all")
+    parser.add_argument("--size", type=int, default=256, help="pixels a side")
+    parser.add_argument("--supersample", type=int, default=2, help="rays a pixel and axis")
+    parser.add_argument("--every", type=int, default=4, help="measure each so many frames")
+    parser.add_argument("--burn-in", type=int, default=100, help="frames before the fits begin")
+    parser.add_argument("--cut-frames", type=int, default=600, help="frames of the run with cuts")
+    parser.add_argument("--short", action="store_true", help="the long run alone")
+    parser.add_argument("--name", default="tiny", help="of the results")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/eval"))
+    parser.add_argument("--page", type=Path, help="make plots and a page from this JSON, and stop")
+    add_device(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate; 0 when every requirement holds, 1 when one does not."""
+    from mirage_hello.tools import eval_page
+
+    if args.page:
+        print(eval_page.write(args.page))
+        return 0
+    try:
+        result = evaluate(args)
+    except (ValueError, FileNotFoundError) as error:
+        raise BadInput(str(error)) from error
+    path = args.out / f"{args.name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(f"{path}; `mirage eval --page {path}` makes the plots")
+        for item in result["requirements"]:
+            print(f"  {'pass' if item['passed'] else 'FAIL'}  {item['text']}: {item['value']}")
+    return 0 if all(item["passed"] for item in result["requirements"]) else 1
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """All the candidates that the arguments name, in the JSON schema of docs/evaluation.md."""
+    import torch
+
+    from mirage_hello.model import evaluation as ev
+    from mirage_hello.model.data.styles import STYLES
+    from mirage_hello.tools import arguments
+    from mirage_hello.tools.eval_strips import Strips
+
+    device = arguments.device(args.device)
+    config = ev.EvalConfig(
+        frames=args.frames, seeds=args.seeds, styles=tuple(args.styles or STYLES), size=args.size,
+        supersample=args.supersample, every=args.every, cut_run=args.cut_frames,
+        burn_in=min(args.burn_in, args.frames // 4),
+    )  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    evaluation = ev.Evaluation(config, device)
+    say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
+    began = time.time()
+    result: dict[str, Any] = {
+        "format": FORMAT, "name": args.name, "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__, "size": args.size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "models": {}, "ablations": {},
+    }  # fmt: skip
+    for group, candidate in candidates(args, device):
+        strips = Strips(config, args.out / f"{args.name}-{candidate.name}")
+        short = args.short or group == "ablations"
+        found = ev.evaluate(candidate, evaluation, strips.keep, say, short)
+        result[group][candidate.name] = found | {"strips": strips.write()}
+    result["seconds"] = round(time.time() - began)
+    result["requirements"] = requirements(result, args)
+    return result
+
+
+def candidates(args: argparse.Namespace, device):
+    """(group, Candidate) in the order in which they are measured."""
+    from mirage_hello.model.checkpoint import load
+    from mirage_hello.model.evaluation import Candidate
+
+    denoiser, autoencoder = load(args.checkpoint or shipped(), device=device)
+    for steps in args.steps:
+        yield "models", Candidate(f"{steps}-step", denoiser, autoencoder, steps)
+    if args.teacher:
+        teacher, of_teacher = load(args.teacher, device=device)
+        steps = args.teacher_steps
+        yield "models", Candidate(f"teacher-{steps}-step", teacher, of_teacher, steps)
+    yield (
+        "ablations",
+        Candidate("no-history", denoiser, autoencoder, args.steps[-1], remember=False),
+    )
+    for item in args.ablation:
+        name, equals, path = item.partition("=")
+        if not equals:
+            raise ValueError(f"--ablation: expected NAME=FILE (got {item!r})")
+        other, of_other = load(Path(path), device=device)
+        yield "ablations", Candidate(name, other, of_other, args.steps[-1])
+
+
+def shipped() -> Path:
+    """The weights in the package.
+
+    Raises:
+        FileNotFoundError: this copy has none; the text says how to get them.
+    """
+    folder = Path(__file__).resolve().parent.parent / "model" / "weights"
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise FileNotFoundError(
+            f"no shipped weights in {folder}; give --checkpoint, or make them with `mirage train`"
+        )
+    return found[0]
+
+
+def requirements(result: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a stable model must show, each with its value and whether it holds."""
+    models, ablations = result["models"], result["ablations"]
+    checks: list[tuple[str, str, bool]] = []
+    for name, model in models.items():
+        slope = model["psnr_slope_db_per_1000"]
+        flat, text = False, "one seed has no interval; give --seeds 2 or more"
+        if slope["low"] is not None:
+            # Zero inside, or the worst end costs less than 0.5 dB in 5000 frames.
+            flat = slope["low"] <= 0 <= slope["high"] or 5 * -slope["low"] < 0.5
+            text = f"{slope['mean']:.3f} ({slope['low']:.3f} to {slope['high']:.3f})"
+        checks.append((f"{name}: PSNR slope in dB per 1000 frames holds zero", text, flat))
+        text = ", ".join(model["collapsed"]) or "none"
+        checks.append((f"{name}: no stream collapses", text, not model["collapsed"]))
+        worst = max(model["contrast"], key=lambda k: model["contrast"][k]["mean"])
+        value = model["contrast"][worst]["mean"]
+        checks.append(
+            (f"{name}: start-end contrast below 3 %", f"{worst} {value:.2%}", value < 0.03)
+        )
+    base = models[f"{args.steps[-1]}-step"]
+    if "no-history" in ablations:
+        ratio = ablations["no-history"]["warp_error"]["output"] / base["warp_error"]["output"]
+        checks.append(("without history at least twice the flicker", f"{ratio:.2f}", ratio >= 2))
+    if "no-augmentation" in ablations:
+        count = len(ablations["no-augmentation"]["collapsed"])
+        checks.append(("without augmentation it collapses", f"{count} streams", count > 0))
+    teacher = next((m for n, m in models.items() if n.startswith("teacher")), None)
+    for name, most in (("2-step", 0.5), ("1-step", 1.5)):
+        if teacher and name in models:
+            lost = teacher["psnr_db"]["mean"] - models[name]["psnr_db"]["mean"]
+            text = f"{name} within {most} dB of the teacher"
+            checks.append((text, f"{lost:.2f} dB lost", lost <= most))
+    return [{"text": a, "value": b, "passed": bool(c)} for a, b, c in checks]

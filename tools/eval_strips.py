@@ -1,0 +1,81 @@
+"""Pictures of an evaluation: input, output and truth side by side, as PNG strips and one clip."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mirage_hello.model.data.demo_clip import to_bytes, write_video
+from mirage_hello.model.evaluation import EvalConfig
+
+CLIP_FRAMES = 240  # most frames of the clip; long runs are shown in larger steps
+
+
+def png(image: Tensor) -> bytes:
+    """A PNG file of uint8 [H, W, 3], RGB.
+
+    Source: Portable Network Graphics specification, third edition; filter 0 on every row.
+    """
+    height, width, _ = image.shape
+    rows = torch.cat((torch.zeros(height, 1, dtype=torch.uint8), image.reshape(height, -1)), 1)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows.contiguous().numpy().tobytes(), 6))
+        + chunk(b"IEND", b"")
+    )
+
+
+class Strips:
+    """Collects frames of the first seed of each style while a long run goes.
+
+    Args:
+        config: of the evaluation; stem: path without suffix of the files.
+    """
+
+    def __init__(self, config: EvalConfig, stem: Path) -> None:
+        self.config, self.stem = config, stem
+        self.stride = max(config.every, -(-config.frames // CLIP_FRAMES))
+        self.shown = [0, 30, 100, 300, 1000, 3000, config.frames - 1]
+        self.pictures: dict[int, Tensor] = {}
+        self.clip: list[Tensor] = []
+
+    def keep(self, frame: int, view: Tensor, output: Tensor, truth: Tensor) -> None:
+        """One row a style: input | output | truth."""
+        picked = slice(0, None, self.config.seeds)
+        due = self.shown and frame >= self.shown[0] - self.config.every
+        if not due and frame % self.stride >= self.config.every:
+            return
+        columns = torch.cat((view[picked], output[picked], truth[picked]), 3)
+        picture = to_bytes(torch.cat(list(columns), 1)).cpu()
+        if due:
+            self.pictures[frame] = picture
+            self.shown = [f for f in self.shown if f - self.config.every > frame]
+        if frame % self.stride < self.config.every:
+            self.clip.append(picture)
+
+    def write(self) -> dict[str, str]:
+        """Write the files; their names by what they show. The clip needs PyAV and is else left."""
+        self.stem.parent.mkdir(parents=True, exist_ok=True)
+        names = {}
+        for frame, picture in self.pictures.items():
+            path = self.stem.with_name(f"{self.stem.name}-{frame:05d}.png")
+            path.write_bytes(png(picture))
+            names[f"frame {frame}"] = path.name
+        try:
+            path = self.stem.with_name(f"{self.stem.name}.mp4")
+            write_video(path, self.clip, fps=12, crf=26)
+            names["clip"] = path.name
+        except ImportError:
+            names["clip"] = ""
+        return names
