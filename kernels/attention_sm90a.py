@@ -27,6 +27,7 @@ class Tile:
     ping_pong: bool
     poly: int
     lazy: bool = False
+    sums: str = "inline"
 
     def lazily(self, poly: int = 0) -> "Tile":
         return replace(self, poly=poly, lazy=True)
@@ -34,7 +35,8 @@ class Tile:
     def smem_bytes(self, head_dim: int) -> int:
         """Q rows and 2 x stages key blocks of 128-byte rows, one row per 64 columns; barriers."""
         rows = 64 * self.warpgroups + 2 * self.stages * self.block_n
-        return -(-head_dim // 64) * rows * 128 + 8 + 32 * self.stages
+        ones = 256 if self.sums == "tensor" else 0
+        return -(-head_dim // 64) * rows * 128 + ones + 8 + 32 * self.stages
 
     def program(self, head_dim: int, dtype: str) -> loader.Program:
         return loader.program(
@@ -46,6 +48,7 @@ class Tile:
             PING_PONG=self.ping_pong,
             POLY=self.poly,
             LAZY=self.lazy,
+            SUMS=self.sums,
             dtype=dtype,
         )
 

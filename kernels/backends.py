@@ -44,7 +44,7 @@ def _triton(device_type: str) -> str | None:
 
 def _driver(device_type: str) -> str | None:
     if device_type != "cuda":
-        return "needs CUDA tensors (got CPU tensors); on a CPU choose ptx-emulated"
+        return "needs CUDA tensors (got CPU tensors)"
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -53,6 +53,8 @@ def _driver(device_type: str) -> str | None:
 
 
 def _ptx(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return "needs CUDA tensors (got CPU tensors); on a CPU choose ptx-emulated"
     reason = _driver(device_type) or import_error("pycuda.driver")
     if reason and "pycuda" in reason:
         return f"{reason}; pip install 'mirage-hello[cuda]'"
@@ -60,6 +62,8 @@ def _ptx(device_type: str) -> str | None:
 
 
 def _cuda(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return _driver(device_type)
     reason = _ptx(device_type) or import_error("cuda.bindings.nvrtc")
     if reason and "cuda.bindings" in reason:
         return f"{reason}; pip install 'mirage-hello[cuda]'"

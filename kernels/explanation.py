@@ -34,7 +34,9 @@ class Explanation:
         for c in self.candidates:
             mark = "->" if c.chosen else "  "
             time = f", measured {c.time_us:.1f} us" if c.time_us is not None else ""
-            lines.append(f"{mark} {c.kernel:32} {c.reason or 'can run'}{time}  [{c.source}]")
+            lines.append(
+                f"{mark} {c.kernel:32} {c.reason or 'can run'}{time}  [{c.source or c.backend}]"
+            )
         return "\n".join(lines)
 
 
