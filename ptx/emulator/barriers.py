@@ -6,8 +6,8 @@ import numpy as np
 class _Numbered:
     """One barrier number in all blocks: who has come, how many are due, who waits."""
 
-    def __init__(self, blocks):
-        self.arrived = np.zeros(blocks, np.int64)
+    def __init__(self, blocks, warps):
+        self.arrived = np.zeros(warps, np.int64)  # threads, by warp
         self.due = np.zeros(blocks, np.int64)
         self.all_threads = np.ones(blocks, bool)
         self.clock = [None] * blocks
@@ -37,9 +37,9 @@ class Barriers:
         Args: due: threads per block (array per lane) or None for all living ones; waits: False for
         barrier.arrive; vote: bool per lane for bar.red; deliver(lanes, true_votes, votes).
         """
-        state = self.numbered.setdefault(number, _Numbered(self.m.blocks))
+        state = self.numbered.setdefault(number, _Numbered(self.m.blocks, self.m.size // 32))
         block = self.m.block[lanes.sel]
-        state.arrived += np.bincount(block, minlength=self.m.blocks)
+        state.arrived += np.bincount(lanes.idx >> 5, minlength=len(state.arrived))
         here = np.unique(block)
         state.all_threads[here] = due is None
         if due is not None:
@@ -75,9 +75,21 @@ class Barriers:
         living = np.bincount(self.m.block[self.m.alive], minlength=self.m.blocks)
         return np.where(state.all_threads[blocks], living[blocks], state.due[blocks])
 
+    def _arrived(self, state):
+        """Arrivals per block. A warp whose last living thread has come counts 32 (PTX ISA, bar:
+        "the arrival count is incremented by the warp size"), unless all living threads are due.
+        """
+        m, by_warp = self.m, state.arrived
+        living = m.alive.reshape(-1, 32).sum(axis=1)
+        block = m.block[::32]
+        whole = (by_warp >= living) & (by_warp > 0) & (by_warp < 32) & ~state.all_threads[block]
+        weights = np.where(whole, 32, by_warp)
+        return np.bincount(block, weights=weights, minlength=m.blocks).astype(np.int64)
+
     def _release(self, state, blocks):
         due = self._due(state, blocks)
-        done = blocks[(state.arrived[blocks] >= due) & (state.arrived[blocks] > 0)]
+        arrived = self._arrived(state)[blocks]
+        done = blocks[(arrived >= due) & (arrived > 0)]
         if not len(done):
             return False
         complete = np.zeros(self.m.blocks, bool)
@@ -96,7 +108,7 @@ class Barriers:
                     deliver(free, *state.votes[self.m.block[free.sel]].T)
                 self.m.put(pc + 1, free)
         state.waiting = [w for w in still if w[1].n]
-        state.arrived[done] = 0
+        state.arrived[complete[self.m.block[::32]]] = 0
         state.votes[done] = 0
         for block in done:
             state.clock[block] = None
@@ -164,7 +176,8 @@ class Barriers:
             for pc, lanes, _ in state.waiting:
                 block = int(self.m.block[lanes.idx[0]])
                 due = int(self._due(state, np.array([block]))[0])
-                why = f"barrier {number} has {int(state.arrived[block])} of {due} arrivals"
+                arrived = int(self._arrived(state)[block])
+                why = f"barrier {number} has {arrived} of {due} arrivals"
                 waits.append((pc, lanes, why))
         for pc, lanes in self.cluster_waiting:
             c = int(self.m.cluster[lanes.idx[0]])

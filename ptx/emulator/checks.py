@@ -19,10 +19,11 @@ KINDS = {
     "missing-proxy-fence": "ordinary writes read by TMA or wgmma without fence.proxy.async",
     "divergent-aligned": "warp- or warpgroup-wide instruction without all its threads",
     "accumulator-in-flight": "wgmma register touched before wgmma.wait_group",
-    "missing-wgmma-fence": "wgmma registers written by ordinary instructions without wgmma.fence",
+    "missing-wgmma-fence": "wgmma registers used by ordinary instructions without wgmma.fence",
     "shuffle-inactive": "shfl reads a lane that does not execute it",
-    "copy-in-flight-at-exit": "thread exits while its bulk copy still reads shared memory",
-    "mbarrier": "an mbarrier is used before mbarrier.init or counts too many arrivals",
+    "copy-in-flight-at-exit": "block or thread exits while a copy still uses its shared memory",
+    "exited-block": "shared memory of a block that has exited, or may have, is used by a peer",
+    "mbarrier": "mbarrier used before its mbarrier.init is sure, or with too many arrivals",
     "tensor-map": "operand of a tensor copy is not a usable tensor map",
     "deadlock": "threads wait for something that cannot happen",
 }
@@ -88,8 +89,8 @@ class Watch:
 
     `defined[row]`: written yet, per thread, for rows that some path reads uninitialised.  For rows
     that wgmma uses: `held[role][row, warp]` counts products in flight on the row as accumulator
-    (role 0: neither read nor write) or A fragment (role 1: no write); `written[row, warp]` is when
-    an ordinary instruction last wrote it, for wgmma.fence.
+    (role 0: neither read nor write) or A fragment (role 1: no write); `touched[row, warp]` is when
+    an ordinary instruction last read or wrote it, for wgmma.fence.
     """
 
     def __init__(self, machine):
@@ -97,7 +98,7 @@ class Watch:
         program, warps = machine.program, machine.size // 32
         self.defined = {row: np.zeros(machine.size, bool) for row in program.suspects}
         self.index = {row: i for i, row in enumerate(sorted(program.tensor_rows))}
-        self.written = np.zeros((len(self.index), warps), np.int64)
+        self.touched = np.zeros((len(self.index), warps), np.int64)
         self.held = np.zeros((2, len(self.index), warps), np.int16)
         self.fenced = np.zeros(warps, np.int64)
         self.in_flight, self.time = 0, 1
@@ -106,8 +107,12 @@ class Watch:
         flags = self.defined.get(row)
         if flags is not None and not flags[lanes.sel].all():
             self.undefined(row, lanes, pc)
-        if self.in_flight and row in self.index:
-            self._in_flight(row, lanes, pc, "read", (0,))
+        i = self.index.get(row)
+        if i is not None:
+            self.time += 1
+            self.touched[i, lanes.warps] = self.time
+            if self.in_flight:
+                self._in_flight(row, lanes, pc, "read", (0,))
 
     def write(self, row, lanes, pc):
         flags = self.defined.get(row)
@@ -116,7 +121,7 @@ class Watch:
         i = self.index.get(row)
         if i is not None:
             self.time += 1
-            self.written[i, lanes.warps] = self.time
+            self.touched[i, lanes.warps] = self.time
             if self.in_flight:
                 self._in_flight(row, lanes, pc, "written", (0, 1))
 
@@ -146,7 +151,7 @@ class Watch:
 
     # ---- wgmma ---------------------------------------------------------------------------------
     def indices(self, rows):
-        """Positions of tensor rows in `held` and `written`."""
+        """Positions of tensor rows in `held` and `touched`."""
         return np.array([self.index[row] for row in rows], dtype=np.int64)
 
     def hold(self, d, a, first_warp, delta):
@@ -161,13 +166,15 @@ class Watch:
         self.fenced[warps] = self.time
 
     def check_fence(self, rows, lanes, pc):
-        """wgmma: every ordinary write to its registers lies before the warp's last wgmma.fence."""
-        late = self.written[rows][:, lanes.warps] > self.fenced[lanes.warps]
+        """wgmma: ordinary accesses to its registers lie before the warp's last wgmma.fence, and
+        there is one before the first wgmma."""
+        fenced = self.fenced[lanes.warps]
+        late = (self.touched[rows][:, lanes.warps] > fenced) | (fenced == 0)
         if late.any():
             i, warp = np.unravel_index(int(np.argmax(late)), late.shape)
             row = sorted(self.index)[int(rows[i])]
             self.m.findings.add(
                 "missing-wgmma-fence", pc, int(lanes.warps[warp]) * 32, None,
-                f"{self.m.program.rows[row][0]} was written by an ordinary instruction; "
-                "wgmma.fence must come between", int(late.any(axis=0).sum()),
+                f"{self.m.program.rows[row][0]} is used by ordinary instructions, or by "
+                "no wgmma before; wgmma.fence must come first", int(late.any(axis=0).sum()),
             )  # fmt: skip

@@ -26,6 +26,7 @@ class Clocks:
             self.clocks[:, w, w] = 1
         self.fence_clocks = np.zeros_like(self.clocks)
         self.fence_time = np.zeros(m.size, np.int32)
+        self.init_fence_time = np.zeros(m.size, np.int32)
         self.now = 1
         # Per warp of the batch (thread index // 32): its cluster, and its index in the cluster.
         self.warp_cluster = m.cluster[::32].copy()
@@ -71,6 +72,27 @@ class Clocks:
     def proxy_fence(self, lanes):
         """fence.proxy.async: fences these threads' earlier writes and what their warps know."""
         self.now += 1
-        self.fence_time[lanes.sel] = self.now
+        self.fence_time[lanes.sel] = self.init_fence_time[lanes.sel] = self.now
         c, w = self.warp_cluster[lanes.warps], self.warp_local[lanes.warps]
         self.fence_clocks[c, w] = self.clocks[c, w]
+
+    def init_fence(self, lanes):
+        """fence.mbarrier_init: the async proxy sees what these threads initialised."""
+        self.now += 1
+        self.init_fence_time[lanes.sel] = self.now
+
+    def warp_name(self, local):
+        """Number of a warp within its block."""
+        return int(local) % self.m.warps_per_block
+
+    def agent_name(self, agent):
+        """An engine or mbarrier, for a message."""
+        if agent < self.bulk_base:
+            return f"cp.async of warp {self.warp_name(agent)}"
+        if agent < self.wgmma_base:
+            return f"a bulk copy issued by warp {self.warp_name(agent)}"
+        if agent < self.barrier_base:
+            return (
+                f"wgmma of warpgroup {(agent - self.wgmma_base) % -(-self.m.warps_per_block // 4)}"
+            )
+        return "an asynchronous copy that completes on an mbarrier"

@@ -72,7 +72,16 @@ class Issue:
 
     def mbarrier(self, address):
         groups = self.m.queue.mbarriers.groups(self.one, np.array([address]), self.pc)
-        return next((b for b, _, _ in groups), None)
+        barrier, shadow = next((b for b, _, _ in groups), None), self.m.shadow
+        if barrier is not None and shadow.on:
+            fences = shadow.init_fence_time[[barrier.init_thread, self.thread]]
+            if (fences < barrier.init_time).all():
+                self.m.findings.add(
+                    "missing-proxy-fence", self.pc, self.thread, barrier.address,
+                    "the copy completes on an mbarrier whose mbarrier.init no fence.mbarrier_init "
+                    "made visible to the async proxy",
+                )  # fmt: skip
+        return barrier
 
     def shadow_write(self, words, barrier):
         self.m.shadow.async_write(self.thread, words, barrier.agent, barrier.time + 1, self.pc)

@@ -14,21 +14,21 @@ def bra(op):
 
 @instruction("ret", "exit", control=True)
 def leave(op):
-    return lambda lanes: lanes.m.exit(lanes)
+    return lambda lanes: lanes.m.exit(lanes, op.pc)
 
 
 @instruction("trap", control=True)
 def trap(op):
     def run(lanes):
         lanes.m.findings.add("deadlock", op.pc, lanes.thread(0), None, "trap executed", lanes.n)
-        return lanes.m.exit(lanes)
+        return lanes.m.exit(lanes, op.pc)
 
     return run
 
 
 @instruction("brkpt", "nanosleep", "pmevent", "griddepcontrol", "prefetch", "prefetchu", "discard",
              "applypriority", "fence.acq_rel", "fence.sc", "fence", "membar",
-             "fence.mbarrier_init", "fence.proxy.tensormap", "fence.proxy.alias")  # fmt: skip
+             "fence.proxy.tensormap", "fence.proxy.alias")  # fmt: skip
 def nothing(op):
     """No effect on values here: the emulator's memory is sequentially consistent, and what a
     missing fence would break is found by the race detector instead."""
@@ -164,6 +164,11 @@ def warp_sync(op):
         return [(op.pc + 1, lanes)]
 
     return run
+
+
+@instruction("fence.mbarrier_init")
+def init_fence(op):
+    return lambda lanes: lanes.m.shadow.init_fence(lanes)
 
 
 @instruction("fence.proxy.async")

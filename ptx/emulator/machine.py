@@ -70,6 +70,7 @@ class Machine:
         self.warp_in_cluster = self.rank * self.warps_per_block + self.tid // 32
         self.exists = self.tid < threads
         self.alive = self.exists.copy()
+        self.living = np.bincount(self.block[self.exists], minlength=self.blocks)
         bits = np.where(self.exists, np.uint32(1) << (t & 31).astype(np.uint32), np.uint32(0))
         self.alive_mask = np.bitwise_or.reduce(bits.reshape(-1, 32), axis=1)
 
@@ -242,9 +243,13 @@ class Machine:
         self.forced = None
         return True
 
-    def exit(self, lanes):
-        """Threads end."""
+    def exit(self, lanes, pc):
+        """Threads end; a block's shared memory ends with its last one."""
         self.alive[lanes.sel] = False
+        left = np.bincount(self.block[lanes.sel], minlength=self.blocks)
+        self.living -= left
+        for block in np.flatnonzero((left > 0) & (self.living == 0)):
+            self.shadow.block_ends(int(block), lanes, pc)
         np.bitwise_and.at(
             self.alive_mask, lanes.idx >> 5, ~(np.uint32(1) << (lanes.idx & 31).astype(np.uint32))
         )

@@ -12,7 +12,8 @@ class Mbarrier:
     """State of one 64-bit mbarrier in shared memory.
 
     `pending` arrivals and `tx` bytes are still due in the current phase; `phase` counts completed
-    ones.  `agent` and `time` are its identity and clock in the race detector.
+    ones.  `agent` and `time` are its identity and clock in the race detector; `init_*` say who
+    initialised it and when, by the clocks and by the detector's counter.
     """
 
     block: int
@@ -23,6 +24,9 @@ class Mbarrier:
     tx: int = 0
     phase: int = 0
     time: int = 0
+    init_thread: int = -1
+    init_clock: int = 0
+    init_time: int = 0
     joined: np.ndarray | None = None
     done: np.ndarray | None = None
     waiting: list = field(default_factory=list)
@@ -63,6 +67,8 @@ class Mbarriers:
                         part.n,
                     )
                     continue
+                if known_only:
+                    self._check_order(barrier, part, pc)
                 yield (barrier if known_only else key), part, positions
 
     def init(self, lanes, addresses, count, pc):
@@ -76,11 +82,38 @@ class Mbarriers:
             fresh = Mbarrier(key[0], key[1], n, n, agent)
             if old:
                 fresh.time = old.time + 1
+            self._remember_init(fresh, part)
             self.table[key] = fresh
             if not 0 < n < (1 << 20):
                 self.m.findings.add(
                     "mbarrier", pc, part.thread(0), key[1], f"mbarrier.init with count {n}"
                 )
+
+    def _remember_init(self, barrier, lanes):
+        shadow = self.m.shadow
+        barrier.init_thread = lanes.thread(0)
+        warp = barrier.init_thread >> 5
+        local = int(shadow.warp_local[warp])
+        barrier.init_clock = int(shadow.clocks[shadow.warp_cluster[warp], local, local])
+        shadow.now += 1
+        barrier.init_time = shadow.now
+
+    def _check_order(self, barrier, lanes, pc):
+        """Something must order a use after mbarrier.init by another warp."""
+        shadow = self.m.shadow
+        if not shadow.on:
+            return
+        maker = shadow.warp_local[barrier.init_thread >> 5]
+        mine = shadow.warp_local[lanes.warps]
+        known = shadow.clocks[shadow.warp_cluster[lanes.warps], mine, maker]
+        unsure = (known < barrier.init_clock) & (mine != maker)
+        if unsure.any():
+            warp = int(lanes.warps[int(np.argmax(unsure))])
+            self.m.findings.add(
+                "mbarrier", pc, warp * 32, barrier.address,
+                "nothing orders this after mbarrier.init by thread "
+                f"{int(self.m.tid[barrier.init_thread])}; a barrier must come between",
+            )  # fmt: skip
 
     def arrive(self, lanes, addresses, counts, tx, pc, release=True):
         """mbarrier.arrive{.expect_tx}: returns the state tokens (phase of each arrival) as u64."""
@@ -90,6 +123,7 @@ class Mbarriers:
             tokens[pick] = barrier.phase | barrier.pending << 32
             if release:
                 self.join(barrier, part)
+            self.m.shadow.touch_remote(part, barrier.block, pc)
             barrier.tx += int(lanes.full(tx)[pick].sum())
             barrier.pending -= int(lanes.full(counts)[pick].sum())
             if barrier.pending < 0:

@@ -10,13 +10,13 @@ The same clocks decide whether generic-proxy writes were fenced before the async
 
 import numpy as np
 
-from mirage_hello.ptx.emulator.clocks import Clocks
+from mirage_hello.ptx.emulator.lifetimes import Lifetimes
 from mirage_hello.ptx.emulator.operands import SHARED_BASE
 
 AGENT, CLOCK, THREAD, TIME, PC = range(5)
 
 
-class Shadow(Clocks):
+class Shadow(Lifetimes):
     """Race detector of a batch; `on` is False when checks are off and the methods do nothing."""
 
     def __init__(self, machine):
@@ -49,6 +49,7 @@ class Shadow(Clocks):
             if s.space == "shared":
                 sub = lanes if s.positions is None else lanes.take(s.positions)
                 self._read(sub, s.offsets, total, pc)
+                self.touch(sub, s.offsets, pc)
 
     def write(self, lanes, segments, total, pc, values=None):
         """Ordinary writes; `values` [n][count] decide whether equal addresses conflict."""
@@ -59,6 +60,7 @@ class Shadow(Clocks):
                 sub = lanes if s.positions is None else lanes.take(s.positions)
                 mine = values if values is None or s.positions is None else values[s.positions]
                 self._write(sub, s, total, pc, mine)
+                self.touch(sub, s.offsets, pc)
 
     def _read(self, lanes, offsets, total, pc):
         words, row = self._rows(offsets, total)
@@ -145,7 +147,7 @@ class Shadow(Clocks):
                 count = int(bad.any((0, 2)).sum())
                 self._report(
                     "shared-race", lanes.thread(int(at)), offsets[at], pc, count,
-                    f"written while warp {self._warp_name(reader)} may still read it",
+                    f"written while warp {self.warp_name(reader)} may still read it",
                 )  # fmt: skip
         for agent, plane in self.engine_reads.items():
             bad = plane.reshape(-1, words)[row] > self.clocks[cluster, warp, agent][:, None]
@@ -153,7 +155,7 @@ class Shadow(Clocks):
                 at = int(np.argmax(bad.any(axis=1)))
                 self._report(
                     "async-race", lanes.thread(at), offsets[at], pc, int(bad.any(axis=1).sum()),
-                    f"written while {self._agent_name(agent)} may still read it",
+                    f"written while {self.agent_name(agent)} may still read it",
                 )  # fmt: skip
 
     # ---- asynchronous accesses ---------------------------------------------------------------
@@ -183,6 +185,8 @@ class Shadow(Clocks):
         self._async_against_readers(thread, words, cluster, known, pc)
         self.now += 1
         self.record[words] = (agent, clock, thread, self.now, pc)
+        if agent >= self.barrier_base and len(words):
+            self.use(int(words[0]) * self.granule // self.m.shared_stride, agent, clock, pc)
 
     def _async_against_readers(self, thread, words, cluster, known, pc):
         if self._any_reads:
@@ -192,7 +196,7 @@ class Shadow(Clocks):
                 self._report(
                     "async-race", thread, words[at] * self.granule, pc, int(bad.any(0).sum()),
                     "overwritten by an asynchronous copy while warp "
-                    f"{self._warp_name(reader)} may still read it",
+                    f"{self.warp_name(reader)} may still read it",
                 )  # fmt: skip
         for agent, plane in self.engine_reads.items():
             bad = plane[words] > known[agent]
@@ -201,7 +205,7 @@ class Shadow(Clocks):
                 self._report(
                     "async-race", thread, words[at] * self.granule, pc, int(bad.sum()),
                     "overwritten by an asynchronous copy while "
-                    f"{self._agent_name(agent)} may still read it",
+                    f"{self.agent_name(agent)} may still read it",
                 )  # fmt: skip
 
     def async_read(self, thread, words, agent, clock, pc):
@@ -225,6 +229,8 @@ class Shadow(Clocks):
         if agent not in self.engine_reads:
             self.engine_reads[agent] = np.zeros(len(self.record), np.int32)
         self.engine_reads[agent][words] = clock
+        if agent >= self.barrier_base and len(words):
+            self.use(int(words[0]) * self.granule // self.m.shared_stride, agent, clock, pc)
 
     def _check_proxy(self, thread, words, last, cluster, warp, late, pc):
         """Generic-proxy writes need fence.proxy.async by the writer, or by the issuer after it
@@ -256,9 +262,7 @@ class Shadow(Clocks):
         line = self.m.program.ops[record[PC]].line
         agent = int(record[AGENT])
         asynchronous = agent >= self.copy_base
-        by = (
-            self._agent_name(agent) if asynchronous else f"thread {int(self.m.tid[record[THREAD]])}"
-        )
+        by = self.agent_name(agent) if asynchronous else f"thread {int(self.m.tid[record[THREAD]])}"
         self._report(
             "async-race" if asynchronous else "shared-race", thread, offset, pc, int(bad.sum()),
             f"{verb} with nothing that orders it after the write by {by} at line {line}",
@@ -266,20 +270,6 @@ class Shadow(Clocks):
 
     def _report(self, kind, thread, offset, pc, count, message):
         self.m.findings.add(kind, pc, thread, int(offset) % self.m.shared_stride, message, count)
-
-    def _warp_name(self, local):
-        return int(local) % self.m.warps_per_block
-
-    def _agent_name(self, agent):
-        if agent < self.bulk_base:
-            return f"cp.async of warp {self._warp_name(agent)}"
-        if agent < self.wgmma_base:
-            return f"a bulk copy issued by warp {self._warp_name(agent)}"
-        if agent < self.barrier_base:
-            return (
-                f"wgmma of warpgroup {(agent - self.wgmma_base) % -(-self.m.warps_per_block // 4)}"
-            )
-        return "an asynchronous copy that completes on an mbarrier"
 
 
 def _granule(program):
