@@ -7,6 +7,7 @@ approximations and tensor-core sums within the tolerance of the form, which stat
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,23 @@ def test_group_assembles(group):
         for arch in {target, "sm_90a"}:
             cubin, _ = assembler.ptxas(text, arch, name=group)
             assert all(f.entry.encode() in cubin for f in forms)
+
+
+def instructions(text):
+    """The opcodes of a PTX text or template; those that a template completes are left out."""
+    text = re.sub(r"//[^\n]*", "", text).replace(";", ";\n")
+    pattern = r"^\s*(?:@!?%\w+\s+)?([a-z][a-z0-9_]*(?:\.[a-zA-Z0-9_:]+)+)(?=[\s;])"
+    return set(re.findall(pattern, text, re.MULTILINE))
+
+
+def test_every_instruction_of_the_kernels_has_a_form():
+    covered = set().union(*(instructions(ptx_forms.module_text(f)) for f in GROUPS.values()))
+    missing = {}
+    for source in sorted((Path(__file__).parents[1] / "ptx").iterdir()):
+        if source.suffix in (".ptx", ".j2"):
+            for opcode in instructions(source.read_text()) - covered:
+                missing.setdefault(opcode, source.name)
+    assert not missing, f"add a form to ptx_forms_*.py for {missing}"
 
 
 @pytest.mark.skipif(not FIXTURE.exists(), reason="the GPU's answers are not recorded yet")

@@ -197,20 +197,21 @@ def maximum(kind, a, b, ftz=False, nan=False, xorsign=False):
 def _select(kind, a, b, ftz, nan, xorsign, smaller):
     a, b = _inputs(kind, (a, b), ftz)
     fmt = FORMATS[kind]
-    sign = fmt.dtype.type(1 << (fmt.bits - 1))
-    product_sign = (a ^ b) & sign
+    rest = fmt.dtype.type((1 << (fmt.bits - 1)) - 1)
+    product_sign = (a ^ b) & ~rest
     if xorsign:
-        a, b = a & ~sign, b & ~sign
-    x, y = decode(kind, a), decode(kind, b)
-    first = (
-        (x < y) | ((x == y) & np.signbit(x)) if smaller else (x > y) | ((x == y) & ~np.signbit(x))
-    )
-    out = np.where(first | np.isnan(y), a, b)
+        a, b = a & rest, b & rest
+    # Flipping the magnitude bits of negative numbers makes the codes ordered integers: -0 < +0.
+    x, y = (np.ascontiguousarray(v).view(f"i{v.dtype.itemsize}").reshape(v.shape) for v in (a, b))
+    x, y = (v ^ ((v >> (fmt.bits - 1)) & v.dtype.type(rest)) for v in (x, y))
+    out = np.where(x < y if smaller else x > y, a, b)
+    a_nan, b_nan = (a & rest) > fmt.infinity, (b & rest) > fmt.infinity
+    if a_nan.any() or b_nan.any():
+        out = np.where(b_nan, a, np.where(a_nan, b, out))
     if xorsign:
         out = out | product_sign
-    either, both = np.isnan(x) | np.isnan(y), np.isnan(x) & np.isnan(y)
     not_a_number = a | QUIET_F64 if kind == "f64" else fmt.dtype.type(fmt.nan)
-    return np.where(either if nan else both, not_a_number, out)
+    return np.where(a_nan | b_nan if nan else a_nan & b_nan, not_a_number, out)
 
 
 @_elementwise
@@ -270,7 +271,8 @@ def compare(operator, kind, a, b, ftz=False):
 
 def _canonical(values):
     """f32 values to bits with the hardware's one NaN, 0x7FFFFFFF."""
-    return np.where(np.isnan(values), np.uint32(0x7FFFFFFF), values.view(np.uint32))
+    nan, out = np.isnan(values), values.view(np.uint32)
+    return np.where(nan, np.uint32(0x7FFFFFFF), out) if nan.any() else out
 
 
 def _native(operation, a, b):

@@ -122,7 +122,7 @@ def mma(shape, kinds, a, b, c, satfinite=False):
     if c_kind != d_kind:
         c_bits = encode(d_kind, decode(c_kind, c_bits))
     if a_kind in ("e4m3", "e5m2"):
-        d = tensorcore.accumulate_fp8_mma(a_values, b_values, c_bits, a_kind, b_kind)
+        d = tensorcore.accumulate_fp8_mma(a_values, b_values, c_bits)
     else:
         d = tensorcore.accumulate(
             a_values, b_values, c_bits, d_kind, a_kind, b_kind, satfinite=satfinite

@@ -91,9 +91,9 @@ def accumulate(a, b, c, kind, a_kind, b_kind, short=False, satfinite=False):
     return _float(a, b, values, kind, a_kind, b_kind, short)
 
 
-def accumulate_fp8_mma(a, b, c, a_kind, b_kind):
-    """mma.sync.m16n8k32 on fp8 as ptxas emulates it on sm_90; c raw f32 bits."""
+def accumulate_fp8_mma(a, b, c):
+    """mma.sync.m16n8k32 on fp8 as ptxas emulates it on sm_90, in f16; c raw f32 bits."""
     low = np.arange(a.shape[-1]) % 4 < 2
-    half = accumulate(a[..., low], b[..., low, :], None, "f32", a_kind, b_kind)
-    both = accumulate(a[..., ~low], b[..., ~low, :], half, "f32", a_kind, b_kind)
+    half = accumulate(a[..., low], b[..., low, :], None, "f32", "f16", "f16")
+    both = accumulate(a[..., ~low], b[..., ~low, :], half, "f32", "f16", "f16")
     return arith.add("f32", c, both)
