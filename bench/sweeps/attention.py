@@ -1,6 +1,6 @@
 """Tile sweep of attention.sm90a on a GPU: parity first, then time beside cuDNN and flash.
 
-    python bench/sweeps/attention.py [CASE-SUBSTRING]      writes $OUT/sweep-attention.json
+    python bench/sweeps/attention.py [CASE-SUBSTRING ...]      writes $OUT/sweep-attention.json
 
 Each case runs in a process of its own with a time limit, so a kernel that hangs costs little.
 """
@@ -36,26 +36,27 @@ CASES = {
     "h8 4096x16384 d64": (1, 8, 4096, 16384, 64),
 }
 SMEM = 232448  # bytes a block may have on Hopper
+SUMS = ("inline", "tensor")
 
 
 def tiles(n: int, m: int, d: int) -> list[Tile]:
-    """Every tile that fits registers and shared memory, thinned by what the first sweeps said."""
-    limit = {1: 250, 2: 232, 3: 152, 4: 104}  # registers a consumer thread may hold, less scratch
-    found = []
-    for groups in (1, 2, 3, 4):
-        for block_n in (64, 80, 96, 112, 128, 176):
-            for stages in (2, 3):
-                registers = block_n // 2 + block_n // 4 + d // 2 + 24
-                tile = Tile(groups, block_n, stages, groups > 1, 0)
-                if registers > limit[groups] or tile.smem_bytes(d) > SMEM or block_n > m + 15:
-                    continue
-                if 64 * groups > max(64, n) or (groups > 1 and block_n < 64):
-                    continue
-                found.append(tile)
-                if m > block_n:
-                    found += [tile.lazily(p) for p in ((0, 1, 2, 3) if d <= 80 else (0,))]
-                    found += [replace(t, ping_pong=False) for t in found[-3:] if t.ping_pong]
-    return found
+    """Tiles worth timing at this shape, by what wider sweeps said; docs/attention.md has those."""
+    if m <= 128:
+        base = [Tile(g, -(-m // 16) * 16, stages, False, 0) for g in (2, 4) for stages in (1, 2)]
+    elif d <= 48:
+        base = [Tile(4, bn, 3, pp, 0, True) for bn in (64, 80) for pp in (True, False)]
+    elif d <= 64:
+        base = [Tile(3, bn, 2, pp, 0, True) for bn in (112, 128) for pp in (True, False)]
+        base += [Tile(4, 64, 3, True, 0, True)] * (m >= 8192)
+    elif d <= 128 and n >= 4096:
+        base = [Tile(2, bn, 2, pp, 0, True) for bn in (96, 128) for pp in (True, False)]
+    else:
+        base = [Tile(1, bn, 2, False, 0, True) for bn in (64, 128)]
+        base += [Tile(1, 128, 3, False, 0, True)] * (d <= 80)
+    found = [replace(t, sums=s) for t in base for s in SUMS]
+    if m > 128 and d <= 80:
+        found += [replace(t, poly=p) for t in found for p in (1, 2)]
+    return [t for t in found if t.smem_bytes(d) <= SMEM]
 
 
 def run_case(name: str) -> dict:
@@ -121,16 +122,16 @@ def main() -> int:
         with open(f"{out}/.case.json", "w") as f:
             json.dump(run_case(sys.argv[2]), f)
         return 0
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    wanted = sys.argv[1:] or [""]
     results = []
     for name in CASES:
-        if wanted not in name:
+        if not any(w in name for w in wanted):
             continue
         command = [sys.executable, __file__, "--case", name]
         try:
             code = subprocess.run(command, timeout=LIMIT_S, check=False).returncode
         except subprocess.TimeoutExpired:
-            code = "timed out"
+            code = -1  # timed out
         if code:
             print(f"{name}: failed ({code})", flush=True)
             continue
