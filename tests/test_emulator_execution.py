@@ -198,6 +198,17 @@ def test_named_barriers_between_two_warps():
     assert out.tolist() == [i * i for i in range(32)] * 2
 
 
+def test_a_warp_with_exited_threads_counts_as_a_warp():
+    body = """
+    .reg .pred %p, %q; .reg .b32 %v;
+    setp.eq.u32 %p, %tx, 0; setp.ge.u32 %q, %tx, 32;
+    @%p bra MEET; @%q bra MEET; st.global.u32 [%out], 5; ret;
+    MEET: barrier.red.popc.u32 %v, 1, 64, %p; st.global.u32 [%out], %v;
+    """
+    out, _ = run(body, grid=2)
+    assert out.reshape(2, 64).tolist() == [[1] + [5] * 31 + [1] * 32] * 2
+
+
 def test_barrier_reduction_counts_votes():
     body = """
     .reg .b32 %v, %k; .reg .pred %p, %all;
