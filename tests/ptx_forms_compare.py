@@ -6,13 +6,13 @@ from ptx_forms import scalar
 
 ORDERED = ("eq", "ne", "lt", "le", "gt", "ge")
 FLOATING = (*ORDERED, "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan")
-COMBINED = (
-    ("eq.and", "u32"),
-    ("gt.and", "u32"),
-    ("ne.or", "u32"),
-    ("ge.or", "u64"),
-    ("geu.or", "f32"),
-)
+COMBINED = [
+    (f"{op}.{join}", kind)
+    for kind in ("u32", "s32", "u64", "f32")
+    for op in (FLOATING[:12] if kind == "f32" else ORDERED)
+    for join in ("and", "or", "xor")
+    if (op, kind) != ("lt", "s32")  # in predicates(), with both destinations
+]
 
 
 def comparisons():
