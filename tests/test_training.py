@@ -14,7 +14,7 @@ from training_driver import Fault, add_minute_model, start
 
 from mirage_hello.model import checkpoint
 from mirage_hello.model.presets import PRESETS, build
-from mirage_hello.model.rollout import Rollout
+from mirage_hello.model.rollout import Rollout, quantised
 from mirage_hello.model.stream import FrameStream
 from mirage_hello.model.training import Options, TrainingError, preset, train
 from mirage_hello.model.training import state as states
@@ -216,19 +216,23 @@ def test_sampler_start_holds_nothing_of_the_target():
     assert (sigma == denoiser.config.sigma_max).all() and x.mean().abs() < 2
 
 
-def test_rollout_is_frame_stream_for_many(seed):
+@pytest.mark.parametrize("steps", [1, 2])
+def test_rollout_is_frame_stream_for_many(steps, monkeypatch, seed):
     torch.manual_seed(seed)
     denoiser, autoencoder = build("minute", seed % 1000)
-    frames = torch.randint(0, 256, (3, 16, 24, 3), dtype=torch.uint8)
-    stream = FrameStream(denoiser, autoencoder, steps=1, history_noise=0.0, seed=1, strength=1.0)
-    rollout = Rollout(denoiser, autoencoder, [0], 16, 24, steps=1, history_noise=0.0, seed=1)
-    # The noise comes in another order; without a start from noise both are deterministic.
-    for frame in frames:
-        expected = stream.push(frame)
-        view = frame.permute(2, 0, 1)[None].float() / 127.5 - 1
-        rollout.push(view)
-        assert expected.shape == frame.shape
-    assert rollout.memory.count.tolist() == [3]
+    # The two draw their noise in another order: without any, both are deterministic.
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda self, *a, **kw: self.zero_())
+    monkeypatch.setattr(Rollout, "normal", lambda self, *shape: torch.zeros(shape))
+    streams = [FrameStream(denoiser, autoencoder, steps=steps, history_noise=0.1) for _ in "ab"]
+    streams[1].set_style(3)
+    rollout = Rollout(denoiser, autoencoder, [0, 3], 16, 24, steps=steps, history_noise=0.1)
+    for _ in range(3):
+        frames = torch.randint(0, 256, (2, 16, 24, 3), dtype=torch.uint8)
+        expected = torch.stack([s.push(f) for s, f in zip(streams, frames, strict=True)])
+        views = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
+        got = ((quantised(rollout.push(views)) + 1) * 127.5).round().permute(0, 2, 3, 1)
+        assert (got - expected.float()).abs().max() <= 1  # one rounding to a byte
+    assert rollout.memory.count.tolist() == [3, 3]
 
 
 # Whole runs
