@@ -168,6 +168,11 @@ FAULTS = [
           "missing-wgmma-fence", "wgmma.mma_async"),
     Fault("block rank outside the cluster", "cluster_sum", "setp.lt.u32     %more, %k, 4;",
           "setp.lt.u32     %more, %k, 5;", "out-of-bounds", "ld.shared::cluster"),
+    Fault("cluster wait without arrive", "cluster_sum",
+          "barrier.cluster.arrive.release.aligned;         // rows are written", "",
+          "barrier-unbalanced", "barrier.cluster.wait"),
+    Fault("arrivals that nobody waits for", "reverse", "    ret;",
+          "    barrier.arrive 3, 512;\n    ret;", "barrier-unbalanced", "barrier.arrive 3"),
     Fault("one block does not come", "cluster_sum", "    ld.param.u64    %x, [p_x];",
           "    mov.u32 %rank, %cluster_ctarank;\n    setp.eq.u32 %is_other, %rank, 2;\n"
           "    @%is_other bra DONE;\n    ld.param.u64    %x, [p_x];", "uninitialised-shared",

@@ -13,6 +13,7 @@ class _Numbered:
         self.clock = [None] * blocks
         self.votes = np.zeros((blocks, 2), np.int64)  # predicates true, threads that voted
         self.waiting = []  # (program counter, lanes, deliver)
+        self.last = {}  # block -> (program counter, thread) of its last arrival
 
 
 class Barriers:
@@ -40,7 +41,9 @@ class Barriers:
         state = self.numbered.setdefault(number, _Numbered(self.m.blocks, self.m.size // 32))
         block = self.m.block[lanes.sel]
         state.arrived += np.bincount(lanes.idx >> 5, minlength=len(state.arrived))
-        here = np.unique(block)
+        here, first = np.unique(block, return_index=True)
+        for key, at in zip(here, first, strict=True):
+            state.last[int(key)] = pc, lanes.thread(int(at))
         state.all_threads[here] = due is None
         if due is not None:
             state.due[block] = due
@@ -148,6 +151,14 @@ class Barriers:
 
     def cluster_wait(self, pc, lanes):
         """Threads whose phase is complete go on, the others park."""
+        without = self.thread_phase[lanes.sel] < 0
+        if without.any():
+            at = int(np.argmax(without))
+            self.m.findings.add(
+                "barrier-unbalanced", pc, lanes.thread(at), None,
+                "barrier.cluster.wait without a barrier.cluster.arrive before it",
+                int(without.sum()),
+            )  # fmt: skip
         passed = self.thread_phase[lanes.sel] < self.cluster_phase[self.m.cluster[lanes.sel]]
         free, held = (lanes, None) if passed.all() else (lanes.where(passed), lanes.where(~passed))
         if held is not None and held.n:
@@ -156,6 +167,7 @@ class Barriers:
         if not free.n:
             return []
         self._learn(free, self.cluster_done, False)
+        self.thread_phase[free.sel] = -1
         return [(pc + 1, free)]
 
     # ---- ends --------------------------------------------------------------------------------
@@ -169,8 +181,8 @@ class Barriers:
             moved |= self._release_clusters(np.arange(self.m.clusters))
         return moved
 
-    def report_deadlock(self):
-        """Whoever still waits now waits for ever."""
+    def report_ends(self):
+        """Whoever still waits now waits for ever; arrivals that nobody waited for are left over."""
         waits = []
         for number, state in sorted(self.numbered.items()):
             for pc, lanes, _ in state.waiting:
@@ -194,7 +206,20 @@ class Barriers:
                 f"{why}; {_who(self.m, lanes)} wait here",
                 lanes.n,
             )
-        return bool(waits)
+
+        self._report_leftovers()
+
+    def _report_leftovers(self):
+        """Arrivals that nobody waited for when their block ended."""
+        for number, state in self.numbered.items():
+            arrived = self._arrived(state)
+            for block in np.flatnonzero(arrived) if not state.waiting else ():
+                pc, thread = state.last[int(block)]
+                self.m.findings.add(
+                    "barrier-unbalanced", pc, thread, None,
+                    f"barrier {number} has {int(arrived[block])} arrivals that nobody waits for "
+                    "when the block ends",
+                )  # fmt: skip
 
 
 def _who(m, lanes):

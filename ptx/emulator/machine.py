@@ -102,7 +102,7 @@ class Machine:
             if self._force_gathered():
                 continue
             break
-        self.barriers.report_deadlock()
+        self.barriers.report_ends()
         self.queue.finish()
 
     def _choose(self):
