@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_hello import reference
-from mirage_hello.kernels import checks
+from mirage_hello.kernels import checks, conv2d_sm90a
 from mirage_hello.kernels.kernel import FLOATS, Kernel
 from mirage_hello.kernels.registry import Op, define, register
 from mirage_hello.kernels.triton import refuses_product
@@ -122,6 +122,8 @@ def conv2d_triton(
     return conv2d(x, weight, bias, stride, padding, channel_bias, residual)
 
 
+# PTX: kernels/conv2d_sm90a.py launches ptx/conv2d.sm90a.ptx.j2
+
 # Registrations
 
 register(
@@ -142,5 +144,16 @@ register(
         refuses_product,
         source="kernels/triton/conv2d.py",
         arch="sm_80",
+    )
+)
+register(
+    Kernel(
+        "conv2d",
+        "ptx",
+        conv2d_sm90a.conv2d_sm90a,
+        conv2d_sm90a.supports,
+        source="ptx/conv2d.sm90a.ptx.j2",
+        arch="sm_90a",
+        dtypes=(torch.bfloat16, torch.float16),
     )
 )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_hello import reference
-from mirage_hello.kernels import checks
+from mirage_hello.kernels import checks, linear_sm90a
 from mirage_hello.kernels.call import Call
 from mirage_hello.kernels.kernel import FLOATS, Kernel
 from mirage_hello.kernels.registry import Op, define, register
@@ -131,11 +131,13 @@ def supports_triton(call: Call) -> str | None:
     return refuses_product(call)
 
 
+# PTX: kernels/linear_sm90a.py launches ptx/linear.sm90a.ptx.j2
+
 # Registrations
 
-for _op, _torch, _triton in (
-    ("linear", linear_torch, linear_triton),
-    ("geglu", geglu_torch, geglu_triton),
+for _op, _torch, _triton, _ptx in (
+    ("linear", linear_torch, linear_triton, linear_sm90a.linear_sm90a),
+    ("geglu", geglu_torch, geglu_triton, linear_sm90a.geglu_sm90a),
 ):
     register(
         Kernel(
@@ -155,5 +157,16 @@ for _op, _torch, _triton in (
             supports_triton,
             source="kernels/triton/linear.py",
             arch="sm_80",
+        )
+    )
+    register(
+        Kernel(
+            _op,
+            "ptx",
+            _ptx,
+            linear_sm90a.supports,
+            source="ptx/linear.sm90a.ptx.j2",
+            arch="sm_90a",
+            dtypes=(torch.bfloat16, torch.float16),
         )
     )

@@ -1,0 +1,143 @@
+"""conv2d on Hopper: the launch of ptx/conv2d.sm90a.ptx.j2 and the choice of its tile."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirage_hello.kernels.call import Call, TensorSpec
+from mirage_hello.kernels.product_sm90a import SHORT_NAME, Tile
+from mirage_hello.ptx import loader
+
+# (warpgroups, block_n): what the registers of a consumer thread hold.
+SHAPES = [(w, n) for w in (1, 2, 3) for n in (32, 48, 64, 80, 96, 112, 128, 160)]
+SHAPES += [(2, 192), (2, 256), (1, 256), (1, 192)]
+
+
+def conv2d_sm90a(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    channel_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """See ops.conv2d; `tile` overrides the choice."""
+    (batch, channels, height, width), (outputs, _, r, s) = x.shape, weight.shape
+    p, q = (height + 2 * padding - r) // stride + 1, (width + 2 * padding - s) // stride + 1
+    out = torch.empty(
+        (batch, outputs, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    if out.numel() == 0:
+        return out
+    blocks = r * s * -(-channels // 64)
+    tile = tile or choose_tile(batch, p, q, outputs, blocks, r, s, stride)
+    share = tile.share(blocks)
+    tile = tile.fitted(share, r, s)
+    rows = 8 * tile.warpgroups
+    box = (64, 8 + s - 1, rows + r - 1, 1) if tile.patch else (64, 8 * stride, rows * stride, 1)
+    program(tile, r, s, stride, SHORT_NAME[x.dtype]).launch(
+        f"conv2d_{SHORT_NAME[x.dtype]}",
+        grid=(-(-q // 8) * tile.split, -(-p // rows) * batch, -(-outputs // tile.block_n)),
+        block=(128 * (tile.warpgroups + 1),),
+        args=(
+            _pixels(x, box, stride), _taps(weight, tile.block_n), bias, channel_bias, residual,
+            out, outputs, blocks, share, p, q, -(-p // rows), padding, channels,
+        ),
+        smem_bytes=tile.layout(r, s)[1],
+    )  # fmt: skip
+    return out
+
+
+def program(tile: Tile, r: int, s: int, stride: int, dtype: str) -> loader.Program:
+    """The program of a fitted tile."""
+    return loader.program(
+        "conv2d.sm90a", OP="conv2d", R=r, S=s, STRIDE=stride, SKIP=False, PATCH=tile.patch,
+        PATCH_STAGES=tile.patch_stages, dtype=dtype, **tile.variables(r, s),
+    )  # fmt: skip
+
+
+def _pixels(x: Tensor, box: tuple[int, ...], stride: int) -> loader.TensorMap:
+    """[B, H, W, C] in memory as {C, W, H, B}, every stride-th pixel."""
+    b, c, h, w = x.shape
+    row = c * x.element_size()
+    strides = (row, w * row, h * w * row)
+    steps = (1, stride, stride, 1)
+    return loader.tensor_map(x, box, element_strides=steps, dims=(c, w, h, b), strides=strides)
+
+
+def _taps(weight: Tensor, block_n: int) -> loader.TensorMap:
+    """[O, R, S, C] in memory as {C, R S, O}, boxes of one tap."""
+    o, c, r, s = weight.shape
+    row = c * weight.element_size()
+    dims, strides = (c, r * s, o), (row, r * s * row)
+    return loader.tensor_map(weight, (64, 1, block_n), dims=dims, strides=strides)
+
+
+@functools.cache
+def choose_tile(
+    batch: int, p: int, q: int, outputs: int, blocks: int, r: int, s: int, stride: int
+) -> Tile:
+    """The tile with the least estimated time, for `blocks` K blocks; see docs/convolution.md."""
+    best: tuple[float, Tile] | None = None
+    for tile in candidates(blocks, r, s, stride):
+        tiles = -(-q // 8) * -(-p // (8 * tile.warpgroups)) * batch * -(-outputs // tile.block_n)
+        loaded = tile.pixel_bytes(r, s) / (r * s if tile.patch else 1)
+        clocks = tile.clocks(tiles, blocks, loaded)
+        if best is None or clocks < best[0]:
+            best = clocks, tile
+    assert best is not None
+    return best[1]
+
+
+def candidates(blocks: int, r: int, s: int, stride: int) -> list[Tile]:
+    """Every tile whose registers and shared memory fit."""
+    found = []
+    for groups, block_n in SHAPES:
+        for split in range(1, 9):
+            for per_sm in (1, 2):
+                tile = Tile(groups, block_n, split, per_sm, patch=stride == 1 and r * s > 1)
+                if per_sm == 2 and (groups > 1 or split > 1 or block_n > 160):
+                    continue
+                if split > 1 and not tile.splits(blocks):
+                    continue
+                share = -(-blocks // split)
+                if tile.most_stages(share, r, s) >= min(3, share):
+                    found.append(tile)
+    return found
+
+
+def supports(call: Call) -> str | None:
+    """What the tensor maps and the tile need; None when all is there."""
+    args = call.args
+    (outputs, channels, r, s) = args["weight"].shape
+    for name, size in (("C", channels), ("O", outputs)):
+        if size % 8:
+            return f"{name} must be a multiple of 8 (got {size})"
+    for name in ("x", "weight", "residual"):
+        if not _channels_last(args[name]):
+            return f"{name} must be channels-last (got strides {args[name].stride})"
+    for name in ("x", "weight", "bias", "channel_bias", "residual"):
+        if args[name] is not None and not args[name].aligned16:
+            return f"{name} must start on a 16-byte boundary"
+    if args["channel_bias"] is not None and not args["channel_bias"].is_contiguous:
+        return f"channel_bias must be contiguous (got strides {args['channel_bias'].stride})"
+    if args["bias"] is not None and not args["bias"].is_contiguous:
+        return f"bias must be contiguous (got stride {args['bias'].stride})"
+    if r * s > 25 or args["stride"] > 4:
+        return f"window must be at most 25 taps, stride at most 4 (got {r}x{s}, {args['stride']})"
+    return _refuses_size(args)
+
+
+def _channels_last(spec: Any) -> bool:
+    return not isinstance(spec, TensorSpec) or spec.is_channels_last
+
+
+def _refuses_size(args: Any) -> str | None:
+    batch, _, height, _ = args["x"].shape
+    if -(-height // 8) * batch > 65535:
+        return f"B * ceil(H / 8) must be at most 65535 (got B={batch}, H={height})"
+    return None

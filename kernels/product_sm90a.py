@@ -1,0 +1,130 @@
+"""The tile of ptx/product.sm90a.j2, which convolution and linear share, and what it costs."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16"}
+SMEM_BYTES = {1: 232448, 2: 115712}  # a block may have, by blocks on a multiprocessor
+# Clusters resident at once on an H200, one block a multiprocessor (cuOccupancyMaxActiveClusters):
+# not 132 / size, because a cluster stays inside a GPC.
+RESIDENT = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
+MAX_STAGES = 12
+# Of the estimate, in clocks of an H200.
+LOAD_BYTES_PER_CLOCK = 50  # of 64 that an L2 port gives a multiprocessor
+PRODUCT_OVERHEAD = 1.1  # products against the peak rate
+EPILOGUE_CLOCKS = 3000  # first loads, exchange, store
+
+
+@dataclass(frozen=True)
+class Tile:
+    """64 * warpgroups rows by block_n columns, K over a cluster of `split` blocks.
+
+    blocks_per_sm: 2 lets one block's epilogue run under the other's products.
+    patch: convolution of stride 1: the input under a tile is loaded once for all taps.
+    stages: K blocks in flight; None: as many as the shared memory holds, at most 12.
+    """
+
+    warpgroups: int
+    block_n: int
+    split: int = 1
+    blocks_per_sm: int = 1
+    patch: bool = False
+    stages: int | None = None
+
+    @property
+    def patch_stages(self) -> int:
+        return 2 if self.patch else 0
+
+    @property
+    def block_m(self) -> int:
+        return 64 * self.warpgroups
+
+    def pixel_bytes(self, r: int, s: int) -> int:
+        """Of one load of A: whole 1024-byte swizzle atoms."""
+        if not self.patch:
+            return self.block_m * 128
+        return -(-(8 + s - 1) * (8 * self.warpgroups + r - 1) * 128 // 1024) * 1024
+
+    def pipeline_bytes(self, stages: int, r: int = 1, s: int = 1) -> int:
+        """Patches and stages; a stage is a weight tile, with the pixels unless there is a patch."""
+        pixels, weight = self.pixel_bytes(r, s), self.block_n * 128
+        ring = self.patch_stages * pixels
+        return ring + stages * (weight if self.patch else pixels + weight)
+
+    def slice_bytes(self) -> int:
+        """All slices of the epilogue: `split` staged, split - 1 received; float32, rows padded to
+        an odd number of 32 bytes against bank conflicts."""
+        row_parts = next(n for n in (4, 2, 1) if self.warpgroups % n == 0 and self.split % n == 0)
+        octets = -(-self.block_n // 8 // (self.split // row_parts))
+        return (2 * self.split - 1) * (self.block_m // row_parts) * 32 * (octets | 1)
+
+    def most_stages(self, share: int, r: int = 1, s: int = 1) -> int:
+        """Stages that fit, no more than the K blocks of a block of the cluster; 0: none fit."""
+        room = SMEM_BYTES[self.blocks_per_sm] - 8 - 16 * (MAX_STAGES + self.patch_stages)
+        if self.slice_bytes() > room:
+            return 0
+        fits = [n for n in range(1, MAX_STAGES + 1) if self.pipeline_bytes(n, r, s) <= room]
+        return min(max(fits, default=0), max(share, 2))
+
+    def fitted(self, share: int, r: int = 1, s: int = 1) -> "Tile":
+        """With `stages` filled in. ValueError when nothing fits the shared memory."""
+        stages = self.stages or self.most_stages(share, r, s)
+        if stages < 1:
+            raise ValueError(
+                f"{self}: a block may have {SMEM_BYTES[self.blocks_per_sm]} bytes of shared memory "
+                f"(slices alone: {self.slice_bytes()}); use a smaller tile"
+            )
+        return replace(self, stages=stages)
+
+    def layout(self, r: int = 1, s: int = 1) -> tuple[int, int]:
+        """(where the barriers lie, bytes of shared memory) of a fitted tile."""
+        assert self.stages is not None
+        bars = max(self.pipeline_bytes(self.stages, r, s), self.slice_bytes())
+        return bars, bars + 16 * (self.stages + self.patch_stages) + 8
+
+    def variables(self, r: int = 1, s: int = 1) -> dict[str, int | bool]:
+        """Template variables of a fitted tile."""
+        assert self.stages is not None
+        return {
+            "WARPGROUPS": self.warpgroups,
+            "BLOCK_N": self.block_n,
+            "SPLIT": self.split,
+            "STAGES": self.stages,
+            "BLOCKS_PER_SM": self.blocks_per_sm,
+            "BARS": self.layout(r, s)[0],
+        }
+
+    def share(self, blocks: int) -> int:
+        """K blocks of each block of the cluster; the last may have fewer, none may have none.
+
+        Raises:
+            ValueError: a block of the cluster would have no K block.
+        """
+        share = -(-blocks // self.split)
+        if (self.split - 1) * share >= blocks:
+            raise ValueError(f"{self}: {blocks} K blocks cannot be split over {self.split}")
+        return share
+
+    def splits(self, blocks: int) -> bool:
+        return (self.split - 1) * -(-blocks // self.split) < blocks
+
+    def clocks(self, tiles: int, blocks: int, pixel_bytes: float) -> float:
+        """Estimated clocks of `tiles` tiles of `blocks` K blocks, launch excluded.
+
+        pixel_bytes: bytes of A that a K block loads. A K block takes the longest of its products
+        (4096 FLOP a clock), its reads of shared memory (128 B a clock) and its loads.
+        """
+        products = self.warpgroups * self.block_n * 2
+        shared = 4 * self.warpgroups * (2048 + 32 * self.block_n) / 128
+        loads = (pixel_bytes + 128 * self.block_n) / LOAD_BYTES_PER_CLOCK
+        step = max(products * PRODUCT_OVERHEAD, shared, loads)
+        if self.blocks_per_sm == 2:
+            step = max(step * 2, loads * 2) / 2
+        waves = -(-tiles // (RESIDENT[self.split] * self.blocks_per_sm))
+        epilogue = EPILOGUE_CLOCKS + self.block_n * self.warpgroups * (6 if self.split == 1 else 9)
+        if self.blocks_per_sm == 2:
+            waves_alone, hidden = waves * 2, 0.5
+        else:
+            waves_alone, hidden = waves, 1.0
+        return waves_alone * (hidden * epilogue + -(-blocks // self.split) * step)
