@@ -17,44 +17,46 @@ from mirage_hello.ptx.tensor_map import tensor_map
 PTX = Path(__file__).parent / "ptx"
 
 
-def reverse(text, rows=2):
+def reverse(text, rows=2, **options):
     x = torch.randn(rows, 256)
     y = torch.full_like(x, float("nan"))
-    report = launch(parse(text, "reverse.ptx"), "reverse", rows, 256, [x, y])
+    report = launch(parse(text, "reverse.ptx"), "reverse", rows, 256, [x, y], **options)
     assert torch.equal(y, x.flip(1))
     return report
 
 
-def tile_add_one(text, shape=(40, 36)):
+def tile_add_one(text, shape=(40, 36), **options):
     x = torch.arange(shape[0] * shape[1], dtype=torch.int32).view(shape)
     y = torch.full_like(x, -1)
     maps = [tensor_map(t, (32, 32), swizzle=0) for t in (x, y)]
     grid = (-(-shape[1] // 32), -(-shape[0] // 32))
-    report = launch(parse(text, "tile_add_one.ptx"), "tile_add_one", grid, 128, maps)
+    report = launch(parse(text, "tile_add_one.ptx"), "tile_add_one", grid, 128, maps, **options)
     assert torch.equal(y, x + 1)
     return report
 
 
-def wgmma_tile(text):
+def wgmma_tile(text, **options):
     a, b = torch.randn(64, 32).bfloat16(), torch.randn(16, 32).bfloat16()
     c = torch.full((64, 16), float("nan"))
-    report = launch(parse(text, "wgmma_tile.ptx"), "wgmma_tile", 1, 128, [a, b, c])
+    report = launch(parse(text, "wgmma_tile.ptx"), "wgmma_tile", 1, 128, [a, b, c], **options)
     assert torch.allclose(c, a.float() @ b.float().T, atol=1e-4)
     return report
 
 
-def mma_tile(text):
+def mma_tile(text, **options):
     a, b = torch.randn(2, 16, 16).bfloat16(), torch.randn(2, 8, 16).bfloat16()
     c = torch.full((2, 16, 8), float("nan"))
-    report = launch(parse(text, "mma_tile.ptx"), "mma_tile", 1, 64, [a, b, c])
+    report = launch(parse(text, "mma_tile.ptx"), "mma_tile", 1, 64, [a, b, c], **options)
     assert torch.allclose(c, a.float() @ b.float().transpose(1, 2), atol=1e-4)
     return report
 
 
-def cluster_sum(text, clusters=3):
+def cluster_sum(text, clusters=3, **options):
     x = torch.randn(4 * clusters, 64)
     out = torch.full((clusters, 64), float("nan"))
-    report = launch(parse(text, "cluster_sum.ptx"), "cluster_sum", 4 * clusters, 64, [x, out])
+    report = launch(
+        parse(text, "cluster_sum.ptx"), "cluster_sum", 4 * clusters, 64, [x, out], **options
+    )
     assert torch.allclose(out, x.view(clusters, 4, 64).sum(1), atol=1e-5)
     return report
 
@@ -180,9 +182,11 @@ FAULTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_clean_kernel_raises_nothing(kernel):
-    report = KERNELS[kernel]((PTX / f"{kernel}.ptx").read_text())
+def test_clean_kernel_raises_nothing(kernel, early):
+    """Copies that complete as late as legal, and at once."""
+    report = KERNELS[kernel]((PTX / f"{kernel}.ptx").read_text(), early=early)
     assert report.findings == []
 
 
@@ -230,3 +234,42 @@ def test_copies_complete_as_late_as_legal_or_at_once():
         launch(module, "tile_add_one", 1, 128, maps, checks=False, early=early)
         results.append(torch.equal(y, x + 1))
     assert results == [False, True]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["load", "store"])
+def test_tensor_map_that_leaves_its_tensor(which):
+    """A map that claims more rows than the storage has: the box is stopped, not the neighbour."""
+    text = (PTX / "tile_add_one.ptx").read_text()
+    tensors = [torch.zeros(32, 32, dtype=torch.int32) for _ in range(2)]
+    maps = [tensor_map(t, (32, 32), swizzle=0) for t in tensors]
+    maps[which] = tensor_map(tensors[which], (32, 32), swizzle=0, dims=(32, 64), strides=(160,))
+    with pytest.raises(EmulatorError, match="out-of-bounds: the tensor map reaches byte"):
+        launch(parse(text, "tile_add_one.ptx"), "tile_add_one", 1, 128, maps)
+
+
+SPACES = {
+    "local": (".local .b32 stack[4];", "mov.b32 %a, stack; ld.local.b32 %v, [%a+16];"),
+    "const": ("", "mov.u64 %g, table; add.u64 %g, %g, 8; ld.const.b32 %v, [%g];"),
+    "param": ("", "mov.u64 %g, p_x; cvta.param.u64 %g, %g; ld.param.b32 %v, [%g+64];"),
+    "shared": (".shared .b32 tile[4];", "mov.b32 %a, tile; ld.shared.v2.b32 {%v, %v}, [%a+12];"),
+    "generic": (".shared .b32 tile[4];",
+                "mov.u64 %g, tile; cvta.shared.u64 %g, %g; st.b32 [%g+16], %v;"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_every_space_has_bounds(space):
+    declaration, access = SPACES[space]
+    text = f""".version 8.0
+.target sm_90
+.address_size 64
+.const .b32 table[2] = {{1, 2}};
+.visible .entry k(.param .u64 p_x) {{
+    .reg .b32 %a, %v; .reg .b64 %g; {declaration} mov.b32 %v, 0;
+    {access}
+    ret; }}"""
+    with pytest.raises(EmulatorError) as caught:
+        launch(parse(text), "k", 1, 32, [None])
+    kinds = {f.kind for f in caught.value.findings}
+    assert kinds & {"out-of-bounds", "misaligned"}, caught.value
+    assert all(f.line == 7 for f in caught.value.findings)

@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import time
+from importlib.resources import files
 from pathlib import Path
 
 from mirage_hello.tools.errors import BadInput, unknown_name
@@ -89,9 +90,7 @@ def _text(args: argparse.Namespace) -> str:
 
     # The project's own template settings, with the file's folder searched first.
     environment = assembler._templates.overlay(
-        loader=jinja2.ChoiceLoader(
-            [jinja2.FileSystemLoader(args.file.parent), assembler._templates.loader]
-        )
+        loader=jinja2.FileSystemLoader([args.file.parent, str(files("mirage_hello.ptx"))])
     )
     values = dict(_split(d, "--define NAME=VALUE") for d in args.define)
     variables = {k: int(v) if re.fullmatch(r"-?\d+", v) else v for k, v in values.items()}

@@ -50,8 +50,9 @@ class Counts:
         self._patterns = {}
 
     # ---- called while running ------------------------------------------------------------------
-    def executed(self, pc, lanes):
-        self.threads[pc] += lanes.n
+    def issued(self, pc, lanes, threads):
+        """A warp counts even when its guard is false for every lane; a thread then does not."""
+        self.threads[pc] += threads
         self.warps[pc] += len(lanes.warps)
 
     def parked(self, pc, lanes):

@@ -128,16 +128,16 @@ class Machine:
 
     def _execute(self, pc, lanes):
         """Run a group until it splits, parks, or another group should go first."""
-        ops, ready, count = self.program.ops, self.ready, self.counts.executed
+        ops, ready, count = self.program.ops, self.ready, self.counts.issued
         while True:
             op = ops[pc]
             taken, rest = lanes, None
             if op.guard_row >= 0:
                 taken, rest = self._guarded(op, lanes)
+            count(pc, lanes, taken.n if taken else 0)
             if taken is None:
                 pc += 1
             else:
-                count(pc, taken)
                 out = op.run(taken)
                 if out is not None:
                     for target, group in out:

@@ -21,8 +21,8 @@ import numpy as np
 from mirage_hello.ptx.emulator import formats
 from mirage_hello.ptx.emulator.operands import Const, List, Not, Place, Slot, Special, Target, Two
 
-INSTRUCTIONS = {}
-CONTROL = set()
+INSTRUCTIONS: dict = {}  # mnemonic prefix -> decoder
+CONTROL: set = set()  # prefixes where threads may split or wait
 
 
 class PtxError(ValueError):
