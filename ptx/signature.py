@@ -22,7 +22,7 @@ def parameter_codes(text: str, entry: str) -> tuple[str, ...]:
         KeyError: the text has no such entry; the message lists those it has.
     """
     text = re.sub(r"//[^\n]*", "", text)
-    found = re.search(rf"\.entry\s+{re.escape(entry)}\s*(?:\(([^)]*)\))?", text)
+    found = re.search(rf"\.entry\s+{re.escape(entry)}\b\s*(?:\(([^)]*)\))?", text)
     if found is None:
         known = ", ".join(re.findall(r"\.entry\s+([\w$]+)", text))
         raise KeyError(f"no kernel {entry} in the module (it has {known})")
