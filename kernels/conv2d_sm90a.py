@@ -35,8 +35,7 @@ def conv2d_sm90a(
         return out
     blocks = r * s * -(-channels // 64)
     tile = tile or choose_tile(batch, p, q, outputs, blocks, r, s, stride)
-    share = tile.share(blocks)
-    tile = tile.fitted(share, r, s)
+    tile = tile.fitted(tile.share(blocks), r, s)
     rows = 8 * tile.warpgroups
     box = (64, 8 + s - 1, rows + r - 1, 1) if tile.patch else (64, 8 * stride, rows * stride, 1)
     program(tile, r, s, stride, SHORT_NAME[x.dtype]).launch(
@@ -45,7 +44,7 @@ def conv2d_sm90a(
         block=(128 * (tile.warpgroups + 1),),
         args=(
             _pixels(x, box, stride), _taps(weight, tile.block_n), bias, channel_bias, residual,
-            out, outputs, blocks, share, p, q, -(-p // rows), padding, channels,
+            out, outputs, blocks, p, q, -(-p // rows), padding, channels,
         ),
         smem_bytes=tile.layout(r, s)[1],
     )  # fmt: skip
@@ -97,12 +96,10 @@ def candidates(blocks: int, r: int, s: int, stride: int) -> list[Tile]:
     """Every tile whose registers and shared memory fit."""
     found = []
     for groups, block_n in SHAPES:
-        for split in range(1, 9):
+        for split in range(1, min(blocks, 8) + 1):
             for per_sm in (1, 2):
                 tile = Tile(groups, block_n, split, per_sm, patch=stride == 1 and r * s > 1)
                 if per_sm == 2 and (groups > 1 or split > 1 or block_n > 160):
-                    continue
-                if split > 1 and not tile.splits(blocks):
                     continue
                 share = -(-blocks // split)
                 if tile.most_stages(share, r, s) >= min(3, share):

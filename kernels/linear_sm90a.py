@@ -53,8 +53,7 @@ def _launch(
         return out
     rows, depth = out.numel() // n, weight.shape[1]
     blocks = -(-depth // 64)
-    share = tile.share(blocks)
-    tile = tile.fitted(share)
+    tile = tile.fitted(tile.share(blocks))
     short = SHORT_NAME[x.dtype]
     row_bytes = (depth * x.element_size(),)
     maps = (
@@ -65,7 +64,7 @@ def _launch(
         f"{op}_{short}",
         grid=(-(-rows // tile.block_m) * tile.split, -(-n // columns)),
         block=(128 * (tile.warpgroups + 1),),
-        args=(*maps, *tensors, n, blocks, share, rows),
+        args=(*maps, *tensors, n, blocks, rows),
         smem_bytes=tile.layout()[1],
     )
     return out
@@ -95,13 +94,13 @@ def candidates(blocks: int, gated: bool = False) -> list[Tile]:
     for groups, block_n in SHAPES:
         if gated and block_n % 16:
             continue
-        for split in range(1, 2 if gated else 9):
+        for split in range(1, 2 if gated else min(blocks, 8) + 1):
             for per_sm in (1, 2):
                 tile = Tile(groups, block_n, split, per_sm)
                 if per_sm == 2 and (groups > 1 or split > 1 or block_n > 160):
                     continue
                 share = -(-blocks // split)
-                if tile.splits(blocks) and tile.most_stages(share) >= min(3, share):
+                if tile.most_stages(share) >= min(3, share):
                     found.append(tile)
     return found
 

@@ -96,18 +96,14 @@ class Tile:
         }
 
     def share(self, blocks: int) -> int:
-        """K blocks of each block of the cluster; the last may have fewer, none may have none.
+        """The most K blocks that one block of the cluster has.
 
         Raises:
-            ValueError: a block of the cluster would have no K block.
+            ValueError: a block of the cluster would have none.
         """
-        share = -(-blocks // self.split)
-        if (self.split - 1) * share >= blocks:
+        if blocks < self.split:
             raise ValueError(f"{self}: {blocks} K blocks cannot be split over {self.split}")
-        return share
-
-    def splits(self, blocks: int) -> bool:
-        return (self.split - 1) * -(-blocks // self.split) < blocks
+        return -(-blocks // self.split)
 
     def clocks(self, tiles: int, blocks: int, pixel_bytes: float) -> float:
         """Estimated clocks of `tiles` tiles of `blocks` K blocks, launch excluded.
