@@ -100,7 +100,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         found = ev.evaluate(candidate, evaluation, strips.keep, say, short)
         result[group][candidate.name] = found | {"strips": strips.write()}
     result["seconds"] = round(time.time() - began)
-    result["requirements"] = requirements(result, args)
+    result["requirements"] = requirements(result)
     return result
 
 
@@ -110,22 +110,21 @@ def candidates(args: argparse.Namespace, device):
     from mirage_hello.model.evaluation import Candidate
 
     denoiser, autoencoder = load(args.checkpoint or shipped(), device=device)
-    for steps in args.steps:
-        yield "models", Candidate(f"{steps}-step", denoiser, autoencoder, steps)
+    steps = args.steps[-1]
+    for count in args.steps:
+        yield "models", Candidate(f"{count}-step", denoiser, autoencoder, count)
     if args.teacher:
-        teacher, of_teacher = load(args.teacher, device=device)
+        denoiser, autoencoder = load(args.teacher, device=device)
         steps = args.teacher_steps
-        yield "models", Candidate(f"teacher-{steps}-step", teacher, of_teacher, steps)
-    yield (
-        "ablations",
-        Candidate("no-history", denoiser, autoencoder, args.steps[-1], remember=False),
-    )
+        yield "models", Candidate(f"teacher-{steps}-step", denoiser, autoencoder, steps)
+    # The ablations are compared with the last model: one that draws, not one that averages.
+    yield "ablations", Candidate("no-history", denoiser, autoencoder, steps, remember=False)
     for item in args.ablation:
         name, equals, path = item.partition("=")
         if not equals:
             raise ValueError(f"--ablation: expected NAME=FILE (got {item!r})")
         other, of_other = load(Path(path), device=device)
-        yield "ablations", Candidate(name, other, of_other, args.steps[-1])
+        yield "ablations", Candidate(name, other, of_other, steps)
 
 
 def shipped() -> Path:
@@ -143,7 +142,7 @@ def shipped() -> Path:
     return found[0]
 
 
-def requirements(result: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+def requirements(result: dict[str, Any]) -> list[dict[str, Any]]:
     """What a stable model must show, each with its value and whether it holds."""
     models, ablations = result["models"], result["ablations"]
     checks: list[tuple[str, str, bool]] = []
@@ -162,7 +161,7 @@ def requirements(result: dict[str, Any], args: argparse.Namespace) -> list[dict[
         checks.append(
             (f"{name}: start-end contrast below 3 %", f"{worst} {value:.2%}", value < 0.03)
         )
-    base = models[f"{args.steps[-1]}-step"]
+    base = list(models.values())[-1]
     if "no-history" in ablations:
         ratio = ablations["no-history"]["warp_error"]["output"] / base["warp_error"]["output"]
         checks.append(("without history at least twice the flicker", f"{ratio:.2f}", ratio >= 2))

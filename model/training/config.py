@@ -40,9 +40,9 @@ class TrainConfig:
     refresh_every: int = 32  # ... every so many steps
     autoencoder_refresh_every: int = 4
     # Lengths.
-    autoencoder_steps: int = 6000
-    video_steps: int = 40000
-    distill_steps: int = 4000
+    autoencoder_steps: int = 15000
+    video_steps: int = 100000
+    distill_steps: int = 10000
     minutes: float = 0.0
     shares: tuple[float, float, float] = (0.16, 0.66, 0.18)
     # Optimisation.
@@ -78,7 +78,7 @@ class TrainConfig:
     parallel: str = "ddp"  # or fsdp, with several processes
     rank_timeout_s: float = 300.0
     log_every: int = 20
-    checkpoint_every: int = 1000
+    checkpoint_every: int = 2000
     keep: int = 2  # checkpoints
     sample_every: int = 4000  # steps between sample videos; 0: none
     sample_frames: int = 48
@@ -128,7 +128,7 @@ PRESETS: dict[str, TrainConfig] = {
     # Larger models on several GPUs.
     "391m": TrainConfig(
         model="391m", size=512, batch=16, parallel="fsdp", gradient_checkpointing=True,
-        pool_clips=128, video_steps=200_000, lr=1e-4, compile=True,
+        pool_clips=128, video_steps=400_000, lr=1e-4, compile=True,
     ),
     # Seconds on a CPU: every stage runs, the pictures mean nothing.
     "smoke": SMOKE,

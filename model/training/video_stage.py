@@ -114,10 +114,13 @@ class VideoStage:
         return Batch(inputs, level, pool.styles[clip], pool.targets[clip, time].float())
 
     def noised(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, sigma): x = target + sigma noise, ln sigma normal; or the sampler's very start.
+        """x = (1 - sigma / sigma_max) target + sigma noise, with ln sigma normal; and that sigma.
 
-        At run time the first x is pure noise, while clean + sigma_max noise still holds a tenth of
-        the frame's mean colour: a model that relies on it loses its colours when it runs.
+        At run time the first x is pure noise, while target + sigma_max noise still holds a tenth
+        of the frame's colours: a model that relies on it loses them when it runs. With this path
+        the start holds nothing, and an Euler step from any point of it, (s'/s) x + (1 - s'/s) D,
+        lands on it again wherever D is right: the second of two steps sees what it was trained
+        on, (1 - s'/s_max) D + s' noise. A share of the samples sits at the start itself.
         """
         config, generator = self.config, self.generator
         limits, batch, device = self.denoiser.config, len(target), target.device
@@ -127,8 +130,8 @@ class VideoStage:
         start = torch.rand(batch, generator=generator, device=device) < config.start_share
         sigma = torch.where(start, limits.sigma_max, sigma)
         noise = torch.randn(target.shape, generator=generator, device=device)
-        kept = (~start)[:, None, None, None]
-        return target * kept + sigma[:, None, None, None] * noise, sigma
+        kept = 1 - sigma / limits.sigma_max
+        return kept[:, None, None, None] * target + sigma[:, None, None, None] * noise, sigma
 
     def step(self, number: int, progress: float) -> dict[str, Tensor]:
         """One optimiser step, then one frame of every live stream."""
