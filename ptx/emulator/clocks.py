@@ -24,6 +24,8 @@ class Clocks:
         self.clocks = np.zeros((m.clusters, self.warps, self.agents), np.int32)
         for w in range(self.warps):
             self.clocks[:, w, w] = 1
+        # Up to here a warp's cp.async are known to all its lanes, not only to the issuing ones.
+        self.copies_shared = np.zeros((m.clusters, self.warps), np.int32)
         self.fence_clocks = np.zeros_like(self.clocks)
         self.fence_time = np.zeros(m.size, np.int32)
         self.init_fence_time = np.zeros(m.size, np.int32)
@@ -46,7 +48,9 @@ class Clocks:
 
     def tick(self, warps):
         """A release: later accesses of these warps are no longer covered by what others learnt."""
-        self.clocks[self.warp_cluster[warps], self.warp_local[warps], self.warp_local[warps]] += 1
+        c, w = self.warp_cluster[warps], self.warp_local[warps]
+        self.clocks[c, w, w] += 1
+        self.copies_shared[c, w] = self.clocks[c, w, self.copy_base + w]
 
     def new_barrier_agent(self, cluster):
         self._slots[cluster] += 1

@@ -76,6 +76,7 @@ def _shadow_copies(m, lanes, flat, nbytes, time, pc):
             words = m.shadow.words_of(flat[at], nbytes)
             agent = m.shadow.copy_base + int(m.shadow.warp_local[warp])
             m.shadow.async_write(int(lanes.idx[at[0]]), words, agent, int(time[at[0]]), pc)
+            m.shadow.copied_by(lanes.idx[at], flat[at], nbytes)
 
 
 @instruction("cp.async.commit_group")

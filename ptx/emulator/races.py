@@ -132,6 +132,8 @@ class Shadow(Lifetimes):
             self._conflict(lanes.thread(int(at)), offsets[at], last[at, word], pc, verb, bad)
         # The same warp, since its last synchronisation, but another thread of it.
         near = (agent == warp[:, None]) & (when == known) & (when > 0) & plain
+        fresh = when > self.copies_shared[cluster, warp][:, None]
+        near |= (agent == warp[:, None] + self.copy_base) & fresh & ~bad
         if near.any():
             near &= last[:, :, THREAD] != lanes.idx[:, None]
             if near.any():
@@ -166,6 +168,11 @@ class Shadow(Lifetimes):
         seen = np.zeros(int(first.max()) - int(first.min()) + len(span), bool)
         seen[(first - first.min())[:, None] + span] = True
         return np.flatnonzero(seen) + int(first.min())
+
+    def copied_by(self, threads, offsets, nbytes):
+        """The thread behind each word of a cp.async: only it may read before the warp syncs."""
+        words = offsets[:, None] // self.granule + np.arange(nbytes // self.granule)
+        self.record[words, THREAD] = threads[:, None]
 
     def written(self, words):
         """Which words anybody has written."""

@@ -5,7 +5,8 @@ One instruction adds its K products and the accumulator in fixed point:
     e = max over the K products and c of their exponents   (of a product: exponent(a) + exponent(b),
                                                              so its significand lies in [1, 4))
     each term is truncated toward zero to a multiple of 2**(e - F), the terms are added exactly,
-    the sum is truncated to P fraction bits (f32) or rounded to nearest (f16).
+    the sum is truncated to P fraction bits (f32) or rounded to nearest (f16); from 2**128 on, an
+    f32 sum is infinity: truncation does not stop at the largest finite value.
 
     F = 25, P = 23   f16, bf16, tf32 operands (mma.sync and wgmma; K = 4, 8 or 16 in one group)
     F = 13, P = 13   e4m3, e5m2 operands of wgmma: the short accumulator of fp8 (K = 32)
@@ -13,8 +14,10 @@ One instruction adds its K products and the accumulator in fixed point:
                      accumulated from zero, then one f32 addition of c
 
 Integer operands add exactly and wrap (or saturate).  The constants were fitted on 39 random cases
-of one H200 (tests/ptx_forms_matrix.py, styles "random" and "wide", chains of 8 instructions): every
-bit of every result agrees.  Non-finite results follow IEEE rules.
+of one H200 (tests/ptx_forms_matrix.py, styles "random" and "wide", chains of 8 instructions); on
+another 16 whose operands are any bits (style "bits": subnormals, overflow, infinities, NaN) they
+were then checked.  Every bit of every result agrees.  Non-finite operands follow IEEE rules, with
+one NaN: 0x7fffffff in f32, 0x7fff in f16.
 """
 
 import numpy as np
@@ -69,6 +72,8 @@ def _float(a, b, c, kind, a_kind, b_kind, short):
         total = np.concatenate(parts, axis=-1)
         if short and kind == "f32":
             total = np.where(total == 0, total, _keep(total, 13))
+        if kind == "f32":
+            total = np.where(np.abs(total) < 2.0**128, total, np.copysign(np.inf, total))
     out = encode(kind, total, "rz" if kind == "f32" else "rn")
     return np.where(special, encode(kind, plain), out) if special.any() else out
 
