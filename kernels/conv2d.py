@@ -2,6 +2,7 @@
 + bias[o] + channel_bias[b,o] + residual[b,o,p,q].
 
     x [B, C, H, W];  weight [O, C, R, S];  out [B, O, P, Q],  P = (H + 2 padding - R) // stride + 1
+    with skip [B, C', H, W]: of cat([x, skip], 1); with upsample: of x doubled, nearest
 
 A residual block of a U-Net adds its time embedding (channel_bias) after one convolution and its
 input (residual) after the other; both fit the epilogue of the convolution, which saves a read and
@@ -28,16 +29,27 @@ from mirage_hello.kernels.triton import refuses_product
 def check(values: Mapping[str, Any]) -> None:
     """Shapes that fit each other, one floating dtype, a window that fits the padded image."""
     x, weight, stride, padding = (values[n] for n in ("x", "weight", "stride", "padding"))
-    names = ("x", "weight", "bias", "channel_bias", "residual")
+    names = ("x", "weight", "bias", "channel_bias", "residual", "skip")
     checks.one_floating_dtype("conv2d", {name: values[name] for name in names})
     checks.dimensions("conv2d", "x", x, "B, C, H, W")
     checks.dimensions("conv2d", "weight", weight, "O, C, R, S")
     checks.whole_number("conv2d", "stride", stride, 1)
     checks.whole_number("conv2d", "padding", padding, 0)
     (batch, channels, *image), (outputs, in_channels, *window) = x.shape, weight.shape
+    if values["skip"] is not None:
+        checks.dimensions("conv2d", "skip", values["skip"], "B, C', H, W")
+        expected = (batch, values["skip"].shape[1], *image)
+        checks.shape("conv2d", "skip", values["skip"], expected, "B, C', H, W", "crop or pad it")
+        channels += values["skip"].shape[1]
+    if not isinstance(values["upsample"], bool):
+        raise TypeError(
+            f"conv2d: upsample must be a bool (got {values['upsample']!r}); True doubles the image"
+        )
+    if values["upsample"]:
+        image = [2 * n for n in image]
     if channels != in_channels:
         raise ValueError(
-            f"conv2d: weight must have x's channels (got x C={channels}, weight C={in_channels}); "
+            f"conv2d: weight must have the input's channels (got input C={channels}, weight C={in_channels}); "
             "grouped convolution is not covered"
         )
     if channels == 0 or outputs == 0:
@@ -64,7 +76,7 @@ def output_size(
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
-    """3x3 with everything in the epilogue, stride 2, and 1x1 without a bias in NCHW."""
+    """3x3 with everything in the epilogue, two inputs upsampled, stride 2, and 1x1 in NCHW."""
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return scale * torch.randn(shape, device=device, dtype=dtype)
@@ -74,14 +86,24 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[tuple[tuple, dict]
 
     x, weight = image(2, 32, 7, 6), image(40, 32, 3, 3, scale=0.06)  # 288 products: 288**-0.5
     epilogue = {"channel_bias": draw(2, 40), "residual": image(2, 40, 7, 6)}
+    wide = image(2, 8, 7, 6)
+    halves = x[:, :24].contiguous(memory_format=torch.channels_last)
     return [
         ((x, weight, draw(40)), {"padding": 1, **epilogue}),
+        ((halves, weight, draw(40)), {"padding": 1, "skip": wide, "upsample": True}),
         ((x, weight, draw(40)), {"stride": 2, "padding": 1}),
         ((draw(1, 24, 5, 5), draw(16, 24, 1, 1, scale=0.2)), {}),
     ]
 
 
 define(Op("conv2d", reference.conv2d, check, samples))
+
+
+def gathered(x: Tensor, skip: Tensor | None, upsample: bool) -> Tensor:
+    """The input of the convolution as one tensor; x itself where there is nothing to do."""
+    if skip is not None:
+        x = torch.cat([x, skip], 1)
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x
 
 
 # torch
@@ -95,8 +117,11 @@ def conv2d_torch(
     padding: int = 0,
     channel_bias: Tensor | None = None,
     residual: Tensor | None = None,
+    skip: Tensor | None = None,
+    upsample: bool = False,
 ) -> Tensor:
-    """F.conv2d (cuDNN), then each addition in place."""
+    """F.conv2d (cuDNN), then each addition in place; the input is made first, by copies."""
+    x = gathered(x, skip, upsample)
     out = F.conv2d(x, weight, bias, stride, padding)
     if channel_bias is not None:
         out += channel_bias[:, :, None, None]
@@ -116,9 +141,12 @@ def conv2d_triton(
     padding: int = 0,
     channel_bias: Tensor | None = None,
     residual: Tensor | None = None,
+    skip: Tensor | None = None,
+    upsample: bool = False,
 ) -> Tensor:
     from mirage_hello.kernels.triton.conv2d import conv2d
 
+    x = gathered(x, skip, upsample)
     return conv2d(x, weight, bias, stride, padding, channel_bias, residual)
 
 

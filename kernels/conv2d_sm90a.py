@@ -23,39 +23,49 @@ def conv2d_sm90a(
     padding: int = 0,
     channel_bias: Tensor | None = None,
     residual: Tensor | None = None,
+    skip: Tensor | None = None,
+    upsample: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
     """See ops.conv2d; `tile` overrides the choice."""
     (batch, channels, height, width), (outputs, _, r, s) = x.shape, weight.shape
-    p, q = (height + 2 * padding - r) // stride + 1, (width + 2 * padding - s) // stride + 1
+    up = 2 if upsample else 1
+    p, q = ((up * n + 2 * padding - t) // stride + 1 for n, t in ((height, r), (width, s)))
     out = torch.empty(
         (batch, outputs, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
     if out.numel() == 0:
         return out
-    blocks = r * s * -(-channels // 64)
-    tile = tile or choose_tile(batch, p, q, outputs, blocks, r, s, stride)
+    blocks = r * s * (-(-channels // 64) + (-(-skip.shape[1] // 64) if skip is not None else 0))
+    grid_p, grid_q = (height, width) if upsample else (p, q)
+    tile = tile or choose_tile(batch * up * up, grid_p, grid_q, outputs, blocks, r, s, stride)
     tile = tile.fitted(tile.share(blocks), r, s)
     rows = 8 * tile.warpgroups
     box = (64, 8 + s - 1, rows + r - 1, 1) if tile.patch else (64, 8 * stride, rows * stride, 1)
-    program(tile, r, s, stride, SHORT_NAME[x.dtype]).launch(
-        f"conv2d_{SHORT_NAME[x.dtype]}",
-        grid=(-(-q // 8) * tile.split, -(-p // rows) * batch, -(-outputs // tile.block_n)),
+    inputs = (x,) if skip is None else (x, skip)
+    maps = (*(_pixels(t, box, stride) for t in inputs), _taps(weight, tile.block_n))
+    tiles_y, tiles_n = -(-grid_p // rows), -(-outputs // tile.block_n)
+    short = SHORT_NAME[x.dtype]
+    program(tile, r, s, stride, short, skip is not None, upsample).launch(
+        f"conv2d_{short}",
+        grid=(-(-grid_q // 8) * tile.split, tiles_y * batch, tiles_n * up * up),
         block=(128 * (tile.warpgroups + 1),),
         args=(
-            _pixels(x, box, stride), _taps(weight, tile.block_n), bias, channel_bias, residual,
-            out, outputs, blocks, p, q, -(-p // rows), padding, channels,
+            *maps, bias, channel_bias, residual, out, outputs, blocks, p, q, tiles_y, padding,
+            channels,
         ),
         smem_bytes=tile.layout(r, s)[1],
     )  # fmt: skip
     return out
 
 
-def program(tile: Tile, r: int, s: int, stride: int, dtype: str) -> loader.Program:
+def program(
+    tile: Tile, r: int, s: int, stride: int, dtype: str, skip: bool = False, upsample: bool = False
+) -> loader.Program:
     """The program of a fitted tile."""
     return loader.program(
-        "conv2d.sm90a", OP="conv2d", R=r, S=s, STRIDE=stride, SKIP=False, PATCH=tile.patch,
-        PATCH_STAGES=tile.patch_stages, dtype=dtype, **tile.variables(r, s),
+        "conv2d.sm90a", OP="conv2d", R=r, S=s, STRIDE=stride, SKIP=skip, UPSAMPLE=upsample,
+        PATCH=tile.patch, PATCH_STAGES=tile.patch_stages, dtype=dtype, **tile.variables(r, s),
     )  # fmt: skip
 
 
@@ -110,14 +120,20 @@ def candidates(blocks: int, r: int, s: int, stride: int) -> list[Tile]:
 def supports(call: Call) -> str | None:
     """What the tensor maps and the tile need; None when all is there."""
     args = call.args
-    (outputs, channels, r, s) = args["weight"].shape
-    for name, size in (("C", channels), ("O", outputs)):
+    outputs, _, r, s = args["weight"].shape
+    sizes = {"C": args["x"].shape[1], "O": outputs}
+    if args["skip"] is not None:
+        sizes["skip's C"] = args["skip"].shape[1]
+    for name, size in sizes.items():
         if size % 8:
             return f"{name} must be a multiple of 8 (got {size})"
-    for name in ("x", "weight", "residual"):
+    if args["upsample"] and (r, s, args["stride"], args["padding"]) != (3, 3, 1, 1):
+        got = f"{r}x{s}, stride {args['stride']}, padding {args['padding']}"
+        return f"upsample needs a 3x3 window, stride 1, padding 1 (got {got})"
+    for name in ("x", "weight", "residual", "skip"):
         if not _channels_last(args[name]):
             return f"{name} must be channels-last (got strides {args[name].stride})"
-    for name in ("x", "weight", "bias", "channel_bias", "residual"):
+    for name in ("x", "weight", "bias", "channel_bias", "residual", "skip"):
         if args[name] is not None and not args[name].aligned16:
             return f"{name} must start on a 16-byte boundary"
     if args["channel_bias"] is not None and not args["channel_bias"].is_contiguous:

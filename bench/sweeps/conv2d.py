@@ -81,7 +81,7 @@ def run_case(name: str) -> dict:
 
     case = product.Candidates(
         peers={"cudnn": lambda: F.conv2d(x, weight, bias, stride, 1)},
-        run=lambda t: conv.conv2d_sm90a(x, weight, bias, stride, 1, None, None, t),
+        run=lambda t: conv.conv2d_sm90a(x, weight, bias, stride, 1, None, None, tile=t),
         judge=lambda out: parity.judge(pick(out[:1], 1), plain, truth),
         tiles=tiles(b, p, o, blocks, stride),
         chosen=chosen,
