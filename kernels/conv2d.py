@@ -49,7 +49,8 @@ def check(values: Mapping[str, Any]) -> None:
         image = [2 * n for n in image]
     if channels != in_channels:
         raise ValueError(
-            f"conv2d: weight must have the input's channels (got input C={channels}, weight C={in_channels}); "
+            f"conv2d: weight must have the input's channels (got x C={channels}, weight "
+            f"C={in_channels}; a skip's channels count with x's); "
             "grouped convolution is not covered"
         )
     if channels == 0 or outputs == 0:
