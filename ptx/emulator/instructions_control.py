@@ -9,7 +9,15 @@ from mirage_hello.ptx.emulator.table import instruction
 @instruction("bra", control=True)
 def bra(op):
     target = op.target(len(op.operands) - 1)
-    return lambda lanes: [(target, lanes)]
+    if target != op.pc:
+        return lambda lanes: [(target, lanes)]
+
+    def itself(lanes):
+        text = "a branch to itself never ends: nothing in the loop can change its guard"
+        lanes.m.findings.add("deadlock", op.pc, lanes.thread(0), None, text, lanes.n)
+        return lanes.m.exit(lanes, op.pc)
+
+    return itself
 
 
 @instruction("ret", "exit", control=True)
