@@ -134,7 +134,7 @@ class Oracle:
 
 def oracle_evaluation(monkeypatch, answer, **values):
     """An evaluation whose candidate answers from the truth of the frame that it is shown."""
-    settings = {"frames": 40, "seeds": 2, "styles": ("clay",), "size": 32, "supersample": 1}
+    settings = {"frames": 24, "seeds": 2, "styles": ("clay",), "size": 24, "supersample": 1}
     config = ev.EvalConfig(**{**settings, "every": 4, "burn_in": 4, **values})
     evaluation = ev.Evaluation(config, torch.device("cpu"))
     shot = ev.Evaluation.shot
@@ -159,7 +159,7 @@ def test_a_perfect_model_is_measured_as_perfect(monkeypatch):
     evaluation = oracle_evaluation(monkeypatch, lambda truth, n: truth)
     curves = evaluation.long_run(CANDIDATE)
     found = ev.summary(evaluation.config, curves, evaluation.names)
-    assert curves.frames == [*range(4, 40, 4), 39]
+    assert curves.frames == [*range(4, 24, 4), 23]
     assert found["psnr_db"]["mean"] > 50 and found["ssim"]["mean"] > 0.999  # bytes are rounded
     assert abs(found["psnr_slope_db_per_1000"]["mean"]) < 5
     assert all(v["mean"] < 0.03 for v in found["contrast"].values())
@@ -236,10 +236,10 @@ def test_eval_writes_results_pictures_and_a_page(tmp_path, minute_checkpoint, mo
     monkeypatch.setattr(ev, "AWAY", 2)
     monkeypatch.setattr(ev, "EARLY", 1)
     code = cli.main(
-        ["eval", "--checkpoint", str(minute_checkpoint), "--steps", "1", "2", "--frames", "12",
-         "--seeds", "2", "--styles", "clay", "snow_night", "--size", "32", "--supersample", "1",
+        ["eval", "--checkpoint", str(minute_checkpoint), "--steps", "1", "2", "--frames", "8",
+         "--seeds", "2", "--styles", "clay", "--size", "16", "--supersample", "1",
          "--teacher", str(minute_checkpoint), "--teacher-steps", "3", "--device", "cpu",
-         "--ablation", f"no-augmentation={minute_checkpoint}", "--cut-frames", "8",
+         "--ablation", f"no-augmentation={minute_checkpoint}", "--cut-frames", "3",
          "--out", str(tmp_path / "eval"), "--name", "minute"]
     )  # fmt: skip
     assert code == 1  # random weights are no stable model

@@ -37,7 +37,7 @@ class TrainConfig:
     pool_clips: int = 384  # latents of this many clips stay on the device
     clip_frames: int = 40
     refresh_clips: int = 16  # so many new clips, of one style, ...
-    refresh_every: int = 32  # ... every so many steps
+    refresh_every: int = 64  # ... every so many steps
     autoencoder_refresh_every: int = 4
     # Lengths.
     autoencoder_steps: int = 15000
