@@ -81,6 +81,7 @@ class Call:
     arch: str  # "sm_90a", "sm_89", "cpu"
     needs_grad: bool
     autocast: bool
+    optional: frozenset[str] = frozenset()  # parameters that have a default
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -88,8 +89,12 @@ class Call:
 
     @property
     def label(self) -> str:
-        """Key of the measured choices: `bfloat16 1x4096x8x40 1x77x8x40 1x77x8x40`."""
-        shapes = " ".join(str(t) for t in self.tensors.values())
+        """Key of the measured choices: `bfloat16 1x4096x8x40 1x77x8x40 1x77x8x40`.
+
+        Optional tensors (a bias, a residual) are left out: they do not change which kernel is best.
+        """
+        main = (t for name, t in self.tensors.items() if name not in self.optional)
+        shapes = " ".join(str(t) for t in main)
         options = [
             f"{name}={value}"
             for name, value in self.args.items()

@@ -58,7 +58,9 @@ def distance(label: str, other: str) -> float:
 
 
 def _size_distance(sizes: str, others: str) -> float:
+    """Shapes of different rank compare as if the shorter began with ones."""
     a, b = sizes.split("x"), others.split("x")
-    if len(a) != len(b) or not all(s.isdigit() and int(s) for s in a + b):
+    a, b = ["1"] * (len(b) - len(a)) + a, ["1"] * (len(a) - len(b)) + b
+    if not all(s.isdigit() and int(s) for s in a + b):
         return math.inf
     return sum(abs(math.log2(int(x) / int(y))) for x, y in zip(a, b, strict=True))

@@ -56,6 +56,9 @@ class Op:
         self.__doc__ = reference.__doc__
         self.__name__ = name
         self.__signature__ = inspect.signature(reference)
+        self._optional = frozenset(
+            name for name, p in self.__signature__.parameters.items() if p.default is not p.empty
+        )
         self._chosen: dict[tuple, Callable[..., Tensor]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -116,7 +119,8 @@ class Op:
         asked: Any = values.get("dtype")  # of ops whose result has another dtype than their input
         dtype = floating[0] if floating else asked or dtypes[0]
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
-        return Call(self.name, values, device, dtype, device_arch(device), needs_grad, autocast)
+        arch = device_arch(device)
+        return Call(self.name, values, device, dtype, arch, needs_grad, autocast, self._optional)
 
     def select(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Kernel:
         """The kernel that the current policy chooses for these arguments.
