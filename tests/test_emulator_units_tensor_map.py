@@ -64,6 +64,7 @@ def test_tiled_load_is_a_zero_padded_window(case):
         coordinates = [
             int(rng.integers(-b, d + 1)) for b, d in zip(box, reversed(shape), strict=True)
         ]
+        coordinates[0] -= coordinates[0] % (16 // x.element_size())
         coordinates = [0] * len(shape) if trial == 0 else coordinates
         sizes = tma.box_shape(made)
         got = load(made, coordinates, shared=2048)
@@ -139,6 +140,9 @@ def test_limits_are_named():
         tma.transfer(made, (0,), 0)
     with pytest.raises(ValueError, match="takes no im2col offsets"):
         tma.transfer(made, (0, 0), 0, (1, 1))
+    for inner in (1, -3, 4):
+        with pytest.raises(ValueError, match="innermost coordinate must be a multiple of 16 bytes"):
+            tma.transfer(made, (inner, 0), 0)
 
 
 def test_reduce():
@@ -153,3 +157,6 @@ def test_reduce():
     assert got.view(torch.bfloat16).tolist() == [2.0, 5.0, -6.0]
     with pytest.raises(ValueError, match="not defined for f32"):
         tma.reduce("xor", "f32", old, new)
+    for operation in ("inc", "dec"):
+        with pytest.raises(ValueError, match=f"{operation} is not defined for s32"):
+            tma.reduce(operation, "s32", old, new)

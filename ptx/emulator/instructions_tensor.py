@@ -3,6 +3,7 @@
 import numpy as np
 
 from mirage_hello.ptx.emulator import memory, tensor_map
+from mirage_hello.ptx.emulator.formats import register_dtype
 from mirage_hello.ptx.emulator.instructions_bulk import Issue, multicast, per_thread, scalars
 from mirage_hello.ptx.emulator.operands import (
     TAG_PARAM,
@@ -190,7 +191,9 @@ def _tensor_store(op, reduction):
         if m.shadow.on:
             inside = flat if moved.inside.all() else flat[moved.inside]
             issue.shadow_read(_box_words(m.shadow, inside, size), time)
-        kind = _map_kind(op, copy, issue, position) if reduction else None
+        kind = _reduced_kind(op, copy, issue, position, reduction) if reduction else None
+        if reduction and kind is None:
+            return
 
         def move():
             if buffer is None:
@@ -210,10 +213,18 @@ _KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f6
           "uint32": "u32", "int64": "s64", "uint64": "u64"}  # fmt: skip
 
 
-def _map_kind(op, copy, issue, position):
+def _reduced_kind(op, copy, issue, position, reduction):
+    """PTX type of the map's elements; None (with a finding) where it lacks the reduction."""
     (where,) = scalars(issue.lanes, position, copy.map)
     described, _ = _find_map(issue, where)
     name = str(described.dtype).rpartition(".")[2]
     if name not in _KINDS:
         op.fail(f"cannot reduce into a tensor of {name}")
-    return _KINDS[name]
+    kind = _KINDS[name]
+    nothing = np.zeros(0, register_dtype(kind))
+    try:
+        tensor_map.reduce(reduction, kind, nothing, nothing)
+    except ValueError as error:
+        issue.m.findings.add("tensor-map", copy.pc, issue.thread, where, str(error))
+        return None
+    return kind

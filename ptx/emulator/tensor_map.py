@@ -124,8 +124,9 @@ def check_transfer(tensor_map, coordinates, shared_address, offsets=(), store=Fa
     """What the instruction itself requires.
 
     Raises: ValueError for a wrong number of coordinates or offsets, a misaligned shared address
-    (128 bytes; 256, 512, 1024 for the 32-, 64-, 128-byte swizzle), or a negative coordinate of a
-    store (an illegal instruction on an H200).
+    (128 bytes; 256, 512, 1024 for the 32-, 64-, 128-byte swizzle), and for what an H200 refuses as
+    an illegal instruction: a negative coordinate of a store, a tiled box whose innermost coordinate
+    is not a multiple of 16 bytes.
     """
     rank = len(tensor_map.dims)
     if len(coordinates) != rank:
@@ -136,6 +137,12 @@ def check_transfer(tensor_map, coordinates, shared_address, offsets=(), store=Fa
         raise ValueError(
             f"tensor map: coordinates of a store must not be negative (got {list(coordinates)}); "
             "only its far edges are clipped"
+        )
+    first = int(coordinates[0]) * itemsize(tensor_map)
+    if tensor_map.kind != "im2col" and first % 16:
+        raise ValueError(
+            "tensor map: the innermost coordinate must be a multiple of 16 bytes "
+            f"(got {coordinates[0]}, {first} bytes)"
         )
     alignment = SWIZZLE_ALIGNMENT[tensor_map.swizzle]
     if shared_address % alignment:
@@ -239,6 +246,8 @@ def reduce(operation, kind, old, new):
     Args: operation add, min, max, inc, dec, and, or, xor; kind "f16", "bf16", "f32", "f64",
     "u32", "s32", "u64", "s64" or "b32", "b64".
     Returns: raw bits.  Numerics: floating-point add rounds once, to nearest.
+    Raises: ValueError for an operation that the kind lacks; inc and dec take u32 alone (into a
+    tensor map of int32 they are an illegal instruction on an H200).
     """
     if kind in ("f16", "bf16", "f32", "f64"):
         table = {"add": arith.add, "min": arith.minimum, "max": arith.maximum}
@@ -250,10 +259,11 @@ def reduce(operation, kind, old, new):
             "and": integer.and_,
             "or": integer.or_,
             "xor": integer.xor,
-            # inc: old >= new ? 0 : old + 1;   dec: old == 0 or old > new ? new : old - 1
-            "inc": lambda k, a, b: np.where(a >= b, a.dtype.type(0), a + a.dtype.type(1)),
-            "dec": lambda k, a, b: np.where((a == 0) | (a > b), b, a - a.dtype.type(1)),
         }
+    if kind == "u32":
+        # inc: old >= new ? 0 : old + 1;   dec: old == 0 or old > new ? new : old - 1
+        table["inc"] = lambda k, a, b: np.where(a >= b, a.dtype.type(0), a + a.dtype.type(1))
+        table["dec"] = lambda k, a, b: np.where((a == 0) | (a > b), b, a - a.dtype.type(1))
     if operation not in table:
         known = ", ".join(table)
         raise ValueError(

@@ -13,11 +13,11 @@ One instruction adds its K products and the accumulator in fixed point:
     mma.sync on fp8  is emulated by ptxas: f16 products with k % 4 < 2, then those with k % 4 >= 2,
                      accumulated from zero, then one f32 addition of c
 
-Integer operands add exactly and wrap (or saturate).  The constants were fitted on 39 random cases
-of one H200 (tests/ptx_forms_matrix.py, styles "random" and "wide", chains of 8 instructions); on
-another 16 whose operands are any bits (style "bits": subnormals, overflow, infinities, NaN) they
-were then checked.  Every bit of every result agrees.  Non-finite operands follow IEEE rules, with
-one NaN: 0x7fffffff in f32, 0x7fff in f16.
+Integer operands add exactly and wrap (or saturate).  The constants were fitted on 46 random cases
+of one H200 (tests/ptx_forms_matrix.py, ptx_forms_wgmma.py; styles "random" and "wide", chains of 8
+instructions) and 16 whose operands are any bits (style "bits": overflow, infinities, NaN): every bit
+of every result agrees.  Non-finite operands follow IEEE rules, with one NaN: 0x7fffffff in f32,
+0x7fff in f16.
 """
 
 import numpy as np
