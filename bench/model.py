@@ -54,7 +54,7 @@ def units(group: str, options: Options, limits: dict[str, Any]) -> Iterator[Unit
         return
     models = Models(options)
     height, width = options.size
-    name = f"{options.preset} {height}x{width}"
+    name = f"{options.preset} {width}x{height}"
     if group == "unet_step":
         where = {"op": group, "case": name, "dtype": dtype}
         yield Unit(where, _unet_step(where, models, limits))

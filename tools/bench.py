@@ -54,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     add("--budget-seconds", type=float, help="begin nothing new after this; keep what is measured")
     add("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     add("--preset", help="model of unet_step and frame (default: 880m on a GPU, else tiny)")
-    add("--size", help="HEIGHTxWIDTH of the model's frames (default: 512x512; CPU 64x64)")
+    add("--size", help="WIDTHxHEIGHT of the model's frames (default: 512x512; CPU 64x64)")
     add("--steps", default="1,4", help="denoising steps of the frame rows (default: 1,4)")
     add("--frames", type=int, help="frames of each frame row (default: 1000; quick or CPU: 30)")
     add("--clip", type=Path, help="the video whose frames are pushed (default: the shipped clip)")
@@ -151,9 +151,9 @@ def _peers(text: str, device: str) -> tuple[str, ...]:
 
 def _size(text: str) -> tuple[int, int]:
     try:
-        height, width = (int(part) for part in text.split("x"))
+        width, height = (int(part) for part in text.split("x"))
     except ValueError:
-        raise BadInput(f"--size: expected HEIGHTxWIDTH, such as 512x512 (got {text!r})") from None
+        raise BadInput(f"--size: expected WIDTHxHEIGHT, such as 768x432 (got {text!r})") from None
     if min(height, width) < 64 or height % 8 or width % 8:
         raise BadInput(f"--size: both must be multiples of 8 and at least 64 (got {text})")
     return height, width
