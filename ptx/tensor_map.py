@@ -165,7 +165,11 @@ def _encode(
     rank = len(dims)
     raw = ctypes.create_string_buffer(128 + 128)
     offset = -ctypes.addressof(raw) % 128
-    u64s, u32s, ints = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank, ctypes.c_int * max(rank - 2, 0)
+    u64s, u32s, ints = (
+        ctypes.c_uint64 * rank,
+        ctypes.c_uint32 * rank,
+        ctypes.c_int * max(rank - 2, 0),
+    )
     head = (
         ctypes.c_void_p(ctypes.addressof(raw) + offset), ctypes.c_int(_DTYPES[dtype]),
         ctypes.c_uint32(rank), ctypes.c_void_p(pointer), u64s(*dims), u64s(*strides, 0),
