@@ -304,7 +304,7 @@ def evaluate(
     """  # fmt: skip
     say(f"{candidate.name}: {evaluation.config.frames} frames, {evaluation.batch} streams")
     curves = evaluation.long_run(candidate, keep)
-    found = {"steps": candidate.steps, "remember": candidate.remember}
+    found: dict[str, Any] = {"steps": candidate.steps, "remember": candidate.remember}
     found |= summary(evaluation.config, curves, evaluation.names)
     found["ceiling_db"] = evaluation.ceiling(candidate)
     if not short:

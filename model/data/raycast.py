@@ -5,6 +5,7 @@ tests what a cell holds: two boxes, a sphere, and at most one car of each of its
 number of cells is fixed, so all the rays of a batch run the same elementwise program.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,12 @@ from mirage_hello.model.data.city import CELL, GRID, City
 SKY, GROUND, PODIUM, TOWER, SPHERE, CAR_X, CAR_Z, BALLOON = range(8)
 FAR = 1e4
 
-Vector = tuple[Tensor, Tensor, Tensor]
+Vector = tuple[Tensor, ...]  # x, y, z
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """a_x b_x + a_y b_y + a_z b_z."""
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 @dataclass
@@ -50,20 +56,19 @@ class Hits:
 
 def slab(o: Vector, inverse: Vector, low: tuple, high: tuple) -> Tensor:
     """Distance to the entry of an axis-aligned box, FAR where the ray misses or starts inside."""
-    near, far = None, None
+    near, far = torch.full_like(o[0], -FAR), torch.full_like(o[0], FAR)
     for origin, inv, lo, hi in zip(o, inverse, low, high, strict=True):
         a, b = (lo - origin) * inv, (hi - origin) * inv
-        enter, leave = torch.minimum(a, b), torch.maximum(a, b)
-        near = enter if near is None else torch.maximum(near, enter)
-        far = leave if far is None else torch.minimum(far, leave)
+        near = torch.maximum(near, torch.minimum(a, b))
+        far = torch.minimum(far, torch.maximum(a, b))
     return torch.where((near <= far) & (near > 1e-3), near, FAR)
 
 
 def ball(o: Vector, d: Vector, centre: Vector, radius: Tensor) -> Tensor:
     """Distance to the entry of a sphere, FAR where the ray misses or starts inside."""
     x, y, z = (a - b for a, b in zip(o, centre, strict=True))
-    half_b = x * d[0] + y * d[1] + z * d[2]
-    discriminant = half_b * half_b - (x * x + y * y + z * z - radius * radius)
+    half_b = dot((x, y, z), d)
+    discriminant = half_b * half_b - (dot((x, y, z), (x, y, z)) - radius * radius)
     t = -half_b - discriminant.clamp_min(0).sqrt()
     return torch.where((discriminant > 0) & (t > 1e-3) & (radius > 0), t, FAR)
 
@@ -171,7 +176,7 @@ def trace(
         t = ball(o, d, centre, hovering[:, i, 3:4])
         code = torch.where(t < best, BALLOON, code)
         best = torch.minimum(best, t)
-    state = (cell_x, cell_z, border_x, border_z, best, code, cell_x, cell_z)
+    state: tuple[Tensor, ...] = (cell_x, cell_z, border_x, border_z, best, code, cell_x, cell_z)
     for _ in range(cells):
         state = traverse_step(scene.city.cells, scene.seeds, scene.frames, o, d, inverse, state)
     best, code, hit_x, hit_z = state[4:]
@@ -232,11 +237,11 @@ def hits_of(scene: Scene, o: Vector, d: Vector, cells: int, fused: bool = False)
     which = x
     for i in range(hovering.shape[1]):
         away = [p[k] - hovering[:, i, k : k + 1] for k in range(3)]
-        off = (sum(k * k for k in away).sqrt() / hovering[:, i, 3:4] - 1).abs()
+        off = (dot(away, away).sqrt() / hovering[:, i, 3:4] - 1).abs()
         mine = (code == BALLOON) & (off < nearest)
         toward = [torch.where(mine, a, b) for a, b in zip(away, toward, strict=True)]
         nearest, which = torch.where(mine, off, nearest), torch.where(mine, i, which)
-    length = sum(k * k for k in toward).sqrt().clamp_min(1e-6)
+    length = dot(toward, toward).sqrt().clamp_min(1e-6)
     round_hit = (code == SPHERE) | (code == BALLOON)
     flat = (code == GROUND) | (code == SKY)
     up = (0.0, 1.0, 0.0)

@@ -53,7 +53,7 @@ def sun_direction(look: Look, elevation: float, die: int = 1) -> Vector:
 def sunlight(look: Look, sun: Vector, cells: int = 5) -> Tensor:
     """max(0, n . sun) where no cell on the way blocks the light, else 0: [B, N]."""
     n, p = look.hits.normals, look.hits.points
-    facing = sum(a * b for a, b in zip(n, sun, strict=True))
+    facing = r.dot(n, sun)
     origin = tuple(a + 0.02 * b for a, b in zip(p, n, strict=True))
     direction = tuple(k.expand_as(facing) for k in sun)
     distance, _, _, _ = r.trace(look.scene, origin, direction, cells, look.fused)

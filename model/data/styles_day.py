@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mirage_hello.model.data.noise import sample_texture, uniform
+from mirage_hello.model.data.raycast import dot
 from mirage_hello.model.data.shading import (
     ambient,
     bloom,
@@ -103,7 +104,7 @@ def desert_dusk(look: Look, s: Surface) -> Tensor:
     direct = sunlight(look, sun, cells=6)
     light = ambient(look, s)[:, None] * rgb(colour, 0.42, 0.34, 0.5) * (1 + 0.25 * n[1])[:, None]
     colour = colour * (light + direct[:, None] * rgb(colour, 3.4, 1.75, 0.75))
-    toward = sum(a * b for a, b in zip(look.directions, sun, strict=True)).clamp_min(0)
+    toward = dot(look.directions, sun).clamp_min(0)
     up = look.directions[1].clamp_min(0)
     low, high = rgb(colour, 1.15, 0.55, 0.3), rgb(colour, 0.3, 0.2, 0.48)
     sky = mix(low, high, smooth(0.0, 0.65, up))
@@ -151,8 +152,8 @@ def clay(look: Look, s: Surface) -> Tensor:
     lamp = sun_direction(look, 0.85)
     direct = sunlight(look, lamp)
     half = [a - b for a, b in zip(lamp, look.directions, strict=True)]
-    length = sum(k * k for k in half).sqrt()
-    shine = (sum(a * b for a, b in zip(half, n, strict=True)) / length).clamp_min(0) ** 24
+    length = dot(half, half).sqrt()
+    shine = (dot(half, n) / length).clamp_min(0) ** 24
     shine = shine * (direct > 0) * (0.5 + dents)
     light = ambient(look, s)[:, None] * rgb(colour, 0.42, 0.4, 0.46) * (1 + 0.25 * n[1])[:, None]
     colour = colour * (light + direct[:, None] * rgb(colour, 1.5, 1.35, 1.1)) + 0.1 * shine[:, None]

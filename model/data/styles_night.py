@@ -35,7 +35,8 @@ def stars(look: Look, density: float, brightness: float) -> Tensor:
     """Stars fixed to the sky: [B, N]."""
     x, y, z = look.directions
     cell = [torch.floor(k * density).to(torch.int32) for k in (x, y, z)]
-    off = sum(((k * density).frac().abs() - 0.5) ** 2 for k in (x, y, z)).sqrt()
+    away = [(k * density).frac().abs() - 0.5 for k in (x, y, z)]
+    off = r.dot(away, away).sqrt()
     lit = (uniform(cell[0], cell[1], cell[2]) < 0.03).float()
     return brightness * lit * smooth(0.4, 0.1, off) * smooth(0.05, 0.3, y)
 

@@ -126,7 +126,7 @@ def surface_of(look: Look, hits: Hits | None = None) -> Surface:
     )
 
 
-def smooth(low: float, high: float, x: Tensor) -> Tensor:
+def smooth(low: float | Tensor, high: float, x: Tensor) -> Tensor:
     """3 s^2 - 2 s^3 with s = clamp((x - low) / (high - low), 0, 1); low > high falls."""
     s = ((x - low) / (high - low)).clamp(0, 1)
     return s * s * (3 - 2 * s)

@@ -92,7 +92,7 @@ def probe(source: Source) -> np.ndarray:
     if source.size == 0:
         raise UnreadableVideo("the file is empty (0 bytes)")
     try:
-        with source.open() as stream, av.open(stream) as container:
+        with source.open() as stream, av.open(stream, "r") as container:
             if not container.streams.video:
                 kinds = ", ".join(sorted({s.type for s in container.streams})) or "none"
                 raise UnreadableVideo(f"it has no video stream (streams: {kinds})")
@@ -120,13 +120,13 @@ def read_frames(source: Source, times: np.ndarray) -> list[np.ndarray]:
     import av
 
     try:
-        with source.open() as stream, av.open(stream) as container:
+        with source.open() as stream, av.open(stream, "r") as container:
             video = container.streams.video[0]
             video.thread_type = "SLICE"  # workers are the parallelism; frame threads add latency
             container.seek(int(times[0]), stream=video, backward=True)
             found = decode_times(container, video, times)
         if len(found) < len(times):
-            with source.open() as stream, av.open(stream) as container:
+            with source.open() as stream, av.open(stream, "r") as container:
                 found = decode_times(container, container.streams.video[0], times)
     except (av.error.FFmpegError, OSError) as error:
         raise UnreadableVideo(
@@ -202,7 +202,8 @@ class VideoClips(torch.utils.data.Dataset):
         span, step = self.config.span, self.config.step or self.config.span
         # Frame rates vary by small factors; frames that were lost leave a longer gap than that.
         gaps = np.diff(times, append=times[-1])
-        holes = np.flatnonzero(gaps > GAP * np.median(gaps[:-1])) if len(times) > 1 else []
+        usual = np.median(gaps[:-1]) if len(times) > 1 else 0
+        holes = np.flatnonzero(gaps > GAP * usual)
         starts = range(0, len(times) - span + 1, step)
         whole = [s for s in starts if not any(s <= hole < s + span - 1 for hole in holes)]
         if len(whole) < len(starts):

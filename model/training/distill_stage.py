@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mirage_hello.model.autoencoder import Autoencoder
 from mirage_hello.model.denoiser import Denoiser
-from mirage_hello.model.samplers import euler
+from mirage_hello.model.samplers import Level, euler
 from mirage_hello.model.training.config import TrainConfig
 from mirage_hello.model.training.optimise import autocast
 from mirage_hello.model.training.parallel import Workers
@@ -70,7 +70,7 @@ class DistillStage(VideoStage):
     def teach(self, x: Tensor, batch: Batch) -> Tensor:
         """The teacher's frame from x by Euler steps."""
 
-        def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
+        def denoise(x: Tensor, sigma: Level, step: int) -> Tensor:
             levels = torch.full((len(x),), float(sigma), device=x.device)
             with autocast(self.config, x.device):
                 return self.teacher(x, levels, batch.inputs, batch.styles, batch.level).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ class Optimiser:
 
     def state_dict(self) -> dict:
         """Weights, average and Adam's moments by parameter name (sharded ones as they are)."""
-        state = {"count": self.count}
+        state: dict[str, Any] = {"count": self.count}
         for i, name in enumerate(self.names):
             own = self.adam.state.get(self.parameters[i], {})
             state[name] = {

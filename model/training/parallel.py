@@ -58,7 +58,8 @@ class Workers:
             mesh = init_device_mesh(self.device.type, (self.ranks,))
             # One unit: the blocks' methods (`bias`, `keys_values`) read parameters outside of
             # their forward, and every use lies inside the root's.
-            return fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh)  # in place
+            return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=ids)
 

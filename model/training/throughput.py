@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,7 @@ def renderer(config: TrainConfig, device: torch.device, count: int) -> dict[str,
     clips = worlds.clips(list(range(CLIPS)))
     rates = {}
     for style in STYLES:
-        each = seconds(
-            lambda s=style: worlds.render(clips, [9] * CLIPS, [s] * CLIPS), device, count
-        )
+        each = seconds(partial(worlds.render, clips, [9] * CLIPS, [style] * CLIPS), device, count)
         rates[style] = CLIPS / each
     return rates
 
@@ -105,7 +104,7 @@ def measure(config: TrainConfig, count: int = 10) -> dict[str, Any]:
         ):  # fmt: skip
             stage = make()
             stage.start()
-            each = seconds(lambda s=stage: s.step(0, 0.5), device, count)
+            each = seconds(partial(stage.step, 0, 0.5), device, count)
             frames = batch * workers.ranks / each
             found[stage.name] = {"steps_per_s": 1 / each, "frames_per_s": frames}
             if peak:

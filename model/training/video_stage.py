@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mirage_hello.model.autoencoder import Autoencoder
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.memory import LATENT_LIMIT
-from mirage_hello.model.samplers import euler
+from mirage_hello.model.samplers import Level, euler
 from mirage_hello.model.training.config import TrainConfig
 from mirage_hello.model.training.history import ErrorBank, augmented, true_memory
 from mirage_hello.model.training.optimise import Optimiser, autocast
@@ -160,7 +160,7 @@ class VideoStage:
             len(inputs), self.channels, *inputs.shape[2:], generator=self.generator, device=device
         )
 
-        def denoise(x: Tensor, sigma: float, step: int) -> Tensor:
+        def denoise(x: Tensor, sigma: Level, step: int) -> Tensor:
             levels = torch.full((len(x),), float(sigma), device=device)
             with autocast(self.config, device):
                 return self.module(x, levels, inputs, styles, level).float()
