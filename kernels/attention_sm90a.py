@@ -27,23 +27,14 @@ class Tile:
     ping_pong: bool
     poly: int
     lazy: bool = False
-    sums: str = "inline"
-    split: int = 1
 
     def lazily(self, poly: int = 0) -> "Tile":
         return replace(self, poly=poly, lazy=True)
 
     def smem_bytes(self, head_dim: int) -> int:
-        """Q rows, then 2 x stages key blocks or the float32 rows of a merge; ones; barriers.
-
-        Q and keys lie in 128-byte rows, one for each 64 columns; a row of the merge is padded to
-        8 banks past a multiple of 32, and has 8 bytes for its maximum and sum.
-        """
-        chunks, block_m = -(-head_dim // 64), 64 * self.warpgroups
-        keys = chunks * 2 * self.stages * self.block_n * 128
-        merge = block_m * 4 * (head_dim + (8 - head_dim) % 32 + 2) if self.split > 1 else 0
-        ones = 256 if self.sums == "tensor" else 0
-        return chunks * block_m * 128 + max(keys, merge) + ones + 8 + 32 * self.stages
+        """Q rows and 2 x stages key blocks of 128-byte rows, one row per 64 columns; barriers."""
+        rows = 64 * self.warpgroups + 2 * self.stages * self.block_n
+        return -(-head_dim // 64) * rows * 128 + 8 + 32 * self.stages
 
     def program(self, head_dim: int, dtype: str) -> loader.Program:
         return loader.program(
@@ -55,19 +46,14 @@ class Tile:
             PING_PONG=self.ping_pong,
             POLY=self.poly,
             LAZY=self.lazy,
-            SUMS=self.sums,
-            SPLIT=self.split,
             dtype=dtype,
         )
 
 
-Plan = tuple[tuple[int, Tile], ...]  # how many heads each launch takes, and its tile
-
-
 def attention_sm90a(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, plan: Plan | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, tile: Tile | None = None
 ) -> Tensor:
-    """See ops.attention; `plan` overrides the choice of launches."""
+    """See ops.attention; `tile` overrides the choice."""
     b, n, h, d = q.shape
     m = k.shape[1]
     out = torch.empty(b, n, h, d, dtype=q.dtype, device=q.device)
@@ -78,31 +64,17 @@ def attention_sm90a(
     scale = d**-0.5 if scale is None else scale
     if scale < 0:  # the kernel takes the largest score for the largest exponent
         q, scale = -q, -scale
-    first = 0
-    for heads, tile in plan or choose_plan(b, h, n, m, d, q.dtype):
-        part = slice(first, first + heads)
-        _launch(q[:, :, part], k[:, :, part], v[:, :, part], out[:, :, part], scale, tile)
-        first += heads
-    return out
-
-
-def _launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, tile: Tile) -> None:
-    b, n, h, d = q.shape
-    m = k.shape[1]
+    tile = tile or choose_tile(b * h, n, m, d, q.dtype)
     block_m, short = 64 * tile.warpgroups, SHORT_NAME[q.dtype]
-    maps = (
-        _heads(q, block_m),
-        _heads(k, tile.block_n),
-        _heads(v, tile.block_n),
-        _heads(out, 64 if tile.split == 1 else 16),
-    )
+    maps = (_heads(q, block_m), _heads(k, tile.block_n), _heads(v, tile.block_n), _heads(out, 64))
     tile.program(d, short).launch(
         f"attention_{short}",
-        grid=(-(-n // block_m) * tile.split, h, b),
+        grid=(-(-n // block_m), h, b),
         block=(128 * (tile.warpgroups + 1),),
         args=(*maps, m, -(-m // tile.block_n), scale * math.log2(math.e)),
         smem_bytes=tile.smem_bytes(d),
     )
+    return out
 
 
 def _heads(t: Tensor, rows: int) -> loader.TensorMap:
@@ -111,11 +83,6 @@ def _heads(t: Tensor, rows: int) -> loader.TensorMap:
     size = t.element_size()
     strides = (t.stride(2) * size, t.stride(1) * size, t.stride(0) * size)
     return loader.tensor_map(t, (64, 1, rows, 1), dims=(d, h, n, b), strides=strides)
-
-
-def choose_plan(b: int, h: int, n: int, m: int, d: int, dtype: torch.dtype) -> Plan:
-    """The launches for b x h heads of n queries and m keys; see docs/attention.md."""
-    return ((h, choose_tile(b * h, n, m, d, dtype)),)
 
 
 def choose_tile(heads: int, n: int, m: int, d: int, dtype: torch.dtype) -> Tile:
@@ -130,6 +97,8 @@ def choose_tile(heads: int, n: int, m: int, d: int, dtype: torch.dtype) -> Tile:
 
     # A lazy maximum needs a second block to pay; half precision overflows beyond 2^15 equal keys.
     lazy = m > 128 and (dtype == torch.bfloat16 or m <= 16384)
+    if d <= 48 and m <= 80 and tiles(4) >= 96:
+        return Tile(4, 80, 2, False, 0)
     if d <= 48 and tiles(4) >= 96:
         return Tile(4, 80, 3, True, 1 if lazy else 0, lazy)
     if d <= 64 and m >= 8192 and tiles(4) >= 96:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mirage_hello.bench import harness
 from mirage_hello.kernels import parity
-from mirage_hello.kernels.attention_sm90a import Plan, Tile, attention_sm90a
+from mirage_hello.kernels.attention_sm90a import Tile, attention_sm90a
 from mirage_hello.reference import attention
 
 LIMIT_S = 60
@@ -36,7 +36,6 @@ CASES = {
     "h8 4096x16384 d64": (1, 8, 4096, 16384, 64),
 }
 SMEM = 232448  # bytes a block may have on Hopper
-SUMS = ("inline", "tensor")
 
 
 def tiles(n: int, m: int, d: int) -> list[Tile]:
@@ -50,27 +49,12 @@ def tiles(n: int, m: int, d: int) -> list[Tile]:
         base += [Tile(4, 64, 3, True, 0, True)] * (m >= 8192)
     elif d <= 128 and n >= 4096:
         base = [Tile(2, bn, 2, pp, 0, True) for bn in (96, 128) for pp in (True, False)]
-    elif n <= 256:
-        base = [Tile(1, bn, 1, False, 0, False, split=s) for bn, s in ((64, 4), (128, 2))]
-        base += [Tile(1, 64, 1, False, 0, True, split=2), Tile(1, 128, 2, False, 0, True)]
     else:
         base = [Tile(1, bn, 2, False, 0, True) for bn in (64, 128)]
         base += [Tile(1, 128, 3, False, 0, True)] * (d <= 80)
-    found = [replace(t, sums=s) for t in base for s in SUMS]
     if m > 128 and d <= 80:
-        found += [replace(t, poly=p) for t in found for p in (1, 2)]
-    return [t for t in found if t.smem_bytes(d) <= SMEM]
-
-
-def plans(h: int, n: int, m: int, d: int) -> dict[str, Plan]:
-    """One launch of each tile, and for 10 heads two: 8 fill a wave, 2 are split along the keys."""
-    found = {str(t): ((h, t),) for t in tiles(n, m, d)}
-    if h == 10:
-        for t in (Tile(4, 64, 3, True, 0, True), Tile(4, 64, 3, False, 1, True)):
-            for sums in SUMS:
-                t = replace(t, sums=sums)
-                found[f"8 heads + 2 split: {t}"] = ((8, t), (2, replace(t, split=4)))
-    return found
+        base += [replace(t, poly=p) for t in base for p in (1, 2)]
+    return [t for t in base if t.smem_bytes(d) <= SMEM]
 
 
 def run_case(name: str) -> dict:
@@ -85,10 +69,9 @@ def run_case(name: str) -> dict:
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     ).transpose(1, 2)
     plain = pick(sdpa())
-    candidates = plans(h, n, m, d)
-    used = {tile for plan in candidates.values() for _, tile in plan}
+    candidates = tiles(n, m, d)
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda t: t.program(d, "bf16").compile("sm_90a"), used))
+        list(pool.map(lambda t: t.program(d, "bf16").compile("sm_90a"), candidates))
     # Scores of some thousands, larger in the keys that are walked last: a lazy maximum overflows.
     steep_k = (k.float() * torch.linspace(400, 40, m, device="cuda")[None, :, None, None]).to(k)
     steep_q = q * 10
@@ -97,17 +80,17 @@ def run_case(name: str) -> dict:
         pick(steep_q).transpose(1, 2), steep_k.transpose(1, 2), v.transpose(1, 2)
     ).transpose(1, 2)
     good, rows_out = {}, []
-    for label, plan in candidates.items():
-        out = attention_sm90a(q, k, v, None, plan)
+    for tile in candidates:
+        out = attention_sm90a(q, k, v, None, tile)
         result = parity.judge(pick(out), plain, truth)
         if result.passed:
-            out = attention_sm90a(steep_q, steep_k, v, None, plan)
+            out = attention_sm90a(steep_q, steep_k, v, None, tile)
             result = parity.judge(pick(out), steep_plain, steep_truth)
         if not result.passed:
-            rows_out.append({"tile": label, "parity": str(result)})
-            print(f"{name} {label} {result}", flush=True)
+            rows_out.append({"tile": str(tile), "parity": str(result)})
+            print(f"{name} {tile} {result}", flush=True)
             continue
-        good[label] = lambda plan=plan: attention_sm90a(q, k, v, None, plan)
+        good[str(tile)] = lambda tile=tile: attention_sm90a(q, k, v, None, tile)
 
     def backend(which):
         def call():
