@@ -1,6 +1,8 @@
 """linear and geglu on Hopper: the launch of ptx/linear.sm90a.ptx.j2 and the choice of its tile."""
 
 import functools
+import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -60,11 +62,13 @@ def _launch(
         loader.tensor_map(x, (64, tile.block_m), dims=(depth, rows), strides=row_bytes),
         loader.tensor_map(weight, (64, columns)),
     )
+    tiles = (-(-rows // tile.block_m), -(-n // columns))
+    persistent = (math.prod(tiles), tiles[0]) if tile.persistent else ()
     program(op, tile, short).launch(
         f"{op}_{short}",
-        grid=(-(-rows // tile.block_m) * tile.split, -(-n // columns)),
+        grid=tile.grid(*tiles),
         block=(128 * (tile.warpgroups + 1),),
-        args=(*maps, *tensors, n, blocks, rows),
+        args=(*maps, *tensors, n, *persistent, blocks, rows),
         smem_bytes=tile.layout()[1],
     )
     return out
@@ -94,14 +98,15 @@ def candidates(blocks: int, gated: bool = False) -> list[Tile]:
     for groups, block_n in SHAPES:
         if gated and block_n % 16:
             continue
-        for split in range(1, 2 if gated else min(blocks, 8) + 1):
-            for per_sm in (1, 2):
-                tile = Tile(groups, block_n, split, per_sm)
-                if per_sm == 2 and (groups > 1 or split > 1 or block_n > 160):
-                    continue
-                share = -(-blocks // split)
-                if tile.most_stages(share) >= min(3, share):
-                    found.append(tile)
+        splits = 1 if gated else min(blocks, 8)
+        tiles = [Tile(groups, block_n, n) for n in range(1, splits + 1)]
+        tiles.append(replace(tiles[0], persistent=True))
+        if groups == 1 and block_n <= 160:
+            tiles.append(replace(tiles[0], blocks_per_sm=2))
+        for tile in tiles:
+            share = tile.share(blocks)
+            if tile.most_stages(share) >= min(3, share):
+                found.append(tile)
     return found
 
 

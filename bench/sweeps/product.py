@@ -78,6 +78,7 @@ def label(tile: Tile) -> str:
     stages = f" st{tile.stages}" if tile.stages else ""
     twice = " x2" if tile.blocks_per_sm == 2 else ""
     patch = " patch" if tile.patch else ""
+    twice += " persistent" if tile.persistent else ""
     return f"{tile.block_m}x{tile.block_n} split{tile.split}{patch}{twice}{stages}"
 
 
