@@ -144,8 +144,6 @@ def _box_words(shadow, flat, size):
     """Shadow words of the elements at `flat`; a whole box is one dense range."""
     if not len(flat):
         return np.zeros(0, np.int64)
-    if not len(flat):
-        return flat
     low, high = int(flat.min()), int(flat.max()) + size
     if high - low == len(flat) * size:
         return np.arange(low // shadow.granule, high // shadow.granule)
