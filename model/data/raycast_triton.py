@@ -102,11 +102,12 @@ def trace_kernel(
     best = tl.where(best > 1e-3, best, FAR)
     code = tl.where(best < FAR, 1, 0)
     for i in tl.static_range(balloon_count):
-        row = balloons + (batch * balloon_count + i) * 4
-        t = ball(ox, oy, oz, dx, dy, dz, tl.load(row), tl.load(row + 1), tl.load(row + 2),
-                 tl.load(row + 3))  # fmt: skip
-        code = tl.where(t < best, 7, code)
-        best = tl.minimum(best, t)
+        sphere = balloons + (batch * balloon_count + i) * 4
+        # Names of their own: a name that is a scalar here may not be a block in the loop below.
+        mid_x, mid_y, mid_z = tl.load(sphere), tl.load(sphere + 1), tl.load(sphere + 2)
+        to_ball = ball(ox, oy, oz, dx, dy, dz, mid_x, mid_y, mid_z, tl.load(sphere + 3))
+        code = tl.where(to_ball < best, 7, code)
+        best = tl.minimum(best, to_ball)
 
     # Cells along the ray
     cell_x, cell_z = tl.floor(ox / CELL).to(tl.int32), tl.floor(oz / CELL).to(tl.int32)

@@ -31,6 +31,7 @@ class TrainConfig:
     video: str = ""
     size: int = 256  # pixels a side
     supersample: int = 2
+    fused: bool = True  # on CUDA: rays in one Triton kernel
     cells: int = 14  # how far the renderer's rays go, in cells of 10 units
     camera_share: float = 0.2  # clips whose input view looks like a camera's
     cut_share: float = 0.25  # clips with scene cuts inside

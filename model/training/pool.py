@@ -70,7 +70,7 @@ def worlds_of(config: TrainConfig, planned: Plan, device: torch.device) -> World
     world = WorldConfig(
         config.size, config.size, config.supersample, planned.fov, planned.cut_frames,
         config.cells,
-        view=planned.view, fused=device.type == "cuda",
+        view=planned.view, fused=config.fused and device.type == "cuda",
     )  # fmt: skip
     return Worlds(world, device)
 

@@ -47,7 +47,7 @@ def seconds(step: Callable[[], Any], device: torch.device, count: int) -> float:
 
 def renderer(config: TrainConfig, device: torch.device, count: int) -> dict[str, float]:
     """Rendered frames per second for each style, view and truth together."""
-    fused = device.type == "cuda"
+    fused = config.fused and device.type == "cuda"
     world = WorldConfig(config.size, config.size, config.supersample, fused=fused)
     worlds = Worlds(world, device)
     clips = worlds.clips(list(range(CLIPS)))
