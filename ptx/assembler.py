@@ -15,7 +15,7 @@ import jinja2
 from mirage_hello.ptx import cache
 
 # PTX vector operands such as {%r0, %r1} contain Jinja2's own block opener, hence <% %>.
-_templates = jinja2.Environment(
+templates = jinja2.Environment(
     loader=jinja2.PackageLoader("mirage_hello.ptx", "."),
     undefined=jinja2.StrictUndefined,
     block_start_string="<%",
@@ -47,7 +47,7 @@ def descriptor(leading_bytes: int, stride_bytes: int, swizzle: int) -> str:
     return f"0x{value:016x}"
 
 
-_templates.globals.update(registers=registers, descriptor=descriptor)
+templates.globals.update(registers=registers, descriptor=descriptor)
 
 
 class CompileError(RuntimeError):
@@ -67,7 +67,7 @@ def render(name: str, **variables: Any) -> str:
     if not (folder / f"{name}.ptx.j2").is_file():
         known = sorted(p.name for p in folder.iterdir() if ".ptx" in p.name)
         raise FileNotFoundError(f"no PTX source named {name} (there are: {', '.join(known)})")
-    return _templates.get_template(f"{name}.ptx.j2").render(**variables)
+    return templates.get_template(f"{name}.ptx.j2").render(**variables)
 
 
 def assemble(text: str, arch: str, name: str = "kernel") -> bytes:

@@ -89,7 +89,7 @@ def _text(args: argparse.Namespace) -> str:
     from mirage_hello.ptx import assembler
 
     # The project's own template settings, with the file's folder searched first.
-    environment = assembler._templates.overlay(
+    environment = assembler.templates.overlay(
         loader=jinja2.FileSystemLoader([args.file.parent, str(files("mirage_hello.ptx"))])
     )
     values = dict(_split(d, "--define NAME=VALUE") for d in args.define)
