@@ -79,27 +79,36 @@ def words():
     yield form("mapa.u64 generic", [*head, KEEP, WAIT, generic, STORE_WORD, WAIT])
 
 
-def pairs():
-    """The same with pairs of f32, and the other spellings of the cluster barrier."""
-    form = partial(bulk_form, **{**COMMON, "nbytes": 4096, "kind": "f32"})
-    pair = """
-    mul.wide.u32 %w, %t2, 8;
+def from_block(step, nbytes):
+    """Oracle: block r ends with the bytes of block r + step."""
+    return lambda data: [np.roll(data.reshape(4, -1), -step, axis=0).reshape(nbytes)]
+
+
+def vectors(count):
+    """The same with `count` f32 a thread, and the other spellings of the cluster barrier."""
+    size, nbytes = 4 * count, 4 * THREADS * 4 * count
+    form = partial(bulk_form, **{**COMMON, "nbytes": nbytes, "kind": "f32"})
+    vector = "{" + ", ".join(f"%v{i}" for i in range(count)) + "}"
+    own_place = f"""
+    mul.wide.u32 %w, %t2, {size};
     ld.param.u64 %g, [p_0];
     add.u64 %g, %g, %w;
-    ld.global.v2.f32 {%v0, %v1}, [%g];
-    mad.lo.u32 %s, %tx, 8, %sm;"""
-    head = ["    .reg .f32 %v<2>;", RANK, WORD, pair]
-    out = """
+    ld.global.v{count}.f32 {vector}, [%g];
+    mad.lo.u32 %s, %tx, {size}, %sm;"""
+    head = [f"    .reg .f32 %v<{count}>;", RANK, WORD, own_place]
+    out = f"""
     ld.param.u64 %g, [p_1];
     add.u64 %g, %g, %w;
-    st.global.v2.f32 [%g], {%v0, %v1};"""
-    keep = "    st.shared.v2.f32 [%s], {%v0, %v1};"
-    load = "    ld.shared::cluster.v2.f32 {%v0, %v1}, [%remote];"
+    st.global.v{count}.f32 [%g], {vector};"""
+    keep = f"    st.shared.v{count}.f32 [%s], {vector};"
+    load = f"    ld.shared::cluster.v{count}.f32 {vector}, [%remote];"
     end = "\n    barrier.cluster.arrive.relaxed;\n    barrier.cluster.wait;"
-    yield form("ld.shared::cluster.v2.f32", [*head, keep, PLAIN, NEXT, load, out, end])
-    store = "    st.shared::cluster.v2.f32 [%remote], {%v0, %v1};"
-    own = "    ld.shared.v2.f32 {%v0, %v1}, [%s];"
-    yield form("st.shared::cluster.v2.f32", [*head, RELAXED, NEXT, store, PLAIN, own, out])
+    lines = [*head, keep, PLAIN, NEXT, load, out, end]
+    yield form(f"ld.shared::cluster.v{count}.f32", lines, oracle=from_block(1, nbytes))
+    store = f"    st.shared::cluster.v{count}.f32 [%remote], {vector};"
+    own = f"    ld.shared.v{count}.f32 {vector}, [%s];"
+    lines = [*head, RELAXED, NEXT, store, PLAIN, own, out]
+    yield form(f"st.shared::cluster.v{count}.f32", lines, oracle=from_block(-1, nbytes))
 
 
 def barriers_and_copies():
@@ -171,7 +180,8 @@ def multicast():
 def forms():
     """Every form of a cluster."""
     yield from words()
-    yield from pairs()
+    yield from vectors(2)
+    yield from vectors(4)
     yield from barriers_and_copies()
     yield from special_registers()
     yield from multicast()

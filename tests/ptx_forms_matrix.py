@@ -6,12 +6,14 @@ matrix: a wrong layout then shows as wrong results.
 
 import numpy as np
 from ptx_forms import Form, kernel, parameters, seed_of
+from ptx_forms_oracle import mma_tile
 from ptx_forms_pieces import (
     REGISTERS,
     dump_shared,
     fill_shared,
     load_registers,
     names,
+    raw_bits,
     store_registers,
     words,
 )
@@ -47,6 +49,14 @@ MMA_KERNEL = """
 }"""
 
 
+# Where f32 ends: powers of two around which a, b and c lie.
+EDGES = {
+    "sums near 2**-126": (-64, -64, -127),
+    "subnormal a": (-130, 2, -128),
+    "sums near 2**128": (61, 61, 124),
+}
+
+
 def mma_forms():
     for shape, d, a, b, *registers in MMA:
         styles = ("exact",) if d == "s32" else ("exact", "random", "wide", "bits")
@@ -54,15 +64,35 @@ def mma_forms():
             for satfinite in ("", ".satfinite") if d == "s32" else ("",):
                 op = f"mma.sync.aligned.{shape}.row.col{satfinite}.{d}.{a}.{b}.{d}"
                 yield mma_form(f"{op} {style}", op, (d, a, b), registers, style)
+    yield from edge_forms()
 
 
-def mma_form(name, op, kinds, registers, style):
+def edge_forms():
+    for shape, d, a, b, *registers in (MMA[0], MMA[5]):
+        op = f"mma.sync.aligned.{shape}.row.col.{d}.{a}.{b}.{d}"
+        for edge in EDGES:
+            oracle = mma_tile((d, a, b))
+            yield mma_form(f"{op} {edge}", op, (d, a, b), registers, edge, oracle=oracle)
+
+
+def near(kind, rng, shape, exponent):
+    """Registers full of elements within a factor of 16 of 2**exponent."""
+    count = int(np.prod(shape)) * (2 if kind == "bf16" else 1)
+    values = rng.uniform(-2, 2, count) * 2.0 ** (exponent + rng.integers(-3, 4, count))
+    return raw_bits(kind, values).view(np.uint32).reshape(shape)
+
+
+def mma_form(name, op, kinds, registers, style, **options):
     d, a, b = kinds
     ra, rb, rc = registers
 
     def arguments():
         rng = np.random.default_rng(seed_of(name))
-        parts = [words(kind, rng, (n, 32), style) for kind, n in ((a, ra), (b, rb), (d, rc))]
+        wanted = [(kind, rng, (n, 32)) for kind, n in ((a, ra), (b, rb), (d, rc))]
+        if style in EDGES:
+            parts = [near(*w, at) for w, at in zip(wanted, EDGES[style], strict=True)]
+        else:
+            parts = [words(*w, style) for w in wanted]
         return [*parts, np.zeros((rc, 32), np.uint32)]
 
     loads = [
@@ -82,8 +112,8 @@ def mma_form(name, op, kinds, registers, style):
         loads="\n".join(loads),
         stores=store_registers("c", rc, 3, 32),
     )
-    fp8 = a in ("e4m3", "e5m2")
-    options = {"target": "sm_89", "version": "8.4"} if fp8 else {}
+    if a in ("e4m3", "e5m2"):
+        options = {"target": "sm_89", "version": "8.4"}
     return Form(name, body, arguments, (3,), group="mma", **options)
 
 

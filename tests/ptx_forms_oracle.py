@@ -114,3 +114,69 @@ def whole(result, kinds, function):
         return [out]
 
     return oracle
+
+
+EMIN = {"bf16": -126, "f16": -14, "tf32": -126, "e4m3": -6, "e5m2": -14, "f32": -126}
+
+
+def exponent(kind, x):
+    return max(math.frexp(x)[1] - 1, EMIN[kind]) if x else -(10**6)
+
+
+def truncate(exact, unit):
+    """`exact` toward zero to a multiple of 2**unit."""
+    steps = exact / Fraction(2) ** unit
+    return Fraction(int(steps)) * Fraction(2) ** unit
+
+
+def dot(a, b, c, kinds, fraction, keep):
+    """sum(a * b) + c by the definition at the top of tensorcore.py, as an exact number.
+
+    Args: a, b lists of floats, c float; kinds of a, b and c; fraction bits kept of each term below
+    the largest, and `keep` of the sum below its leading bit (None: all), as f32 has them.
+    """
+    tops = [exponent(kinds[0], x) + exponent(kinds[1], y) for x, y in zip(a, b, strict=True)]
+    top = max([*tops, exponent(kinds[2], c)])
+    total = truncate(Fraction(c), top - fraction)
+    for x, y in zip(a, b, strict=True):
+        total += truncate(Fraction(x) * Fraction(y), top - fraction)
+    if total == 0 or keep is None:
+        return total
+    lead = math.floor(math.log2(abs(total)))
+    lead += (abs(total) >= Fraction(2) ** (lead + 1)) - (abs(total) < Fraction(2) ** lead)
+    return truncate(total, max(lead, EMIN["f32"]) - keep)
+
+
+def mma_tile(kinds):
+    """Oracle of mma.sync.m16n8 with 4, 2 and 4 registers of a, b, c; bf16 or tf32 into f32."""
+    kind = kinds[1]
+    each = 2 if kind == "bf16" else 1  # elements in a register
+
+    def element(registers, register, lane, part):
+        bits = int(registers[register][lane])
+        half = bits >> 16 * part << 16 if each == 2 else bits & ~0x1FFF
+        return float(np.array(half & 0xFFFFFFFF, np.uint32).view(np.float32))
+
+    def oracle(a, b, c):
+        k, out = 8 * each, np.zeros((4, 32), np.uint32)
+        rows, columns = np.zeros((16, k)), np.zeros((8, k))
+        for lane in range(32):
+            group, quad = divmod(lane, 4)
+            for part in range(each):
+                for r in range(4):
+                    at = each * quad + part + r // 2 * 4 * each
+                    rows[group + r % 2 * 8, at] = element(a, r, lane, part)
+                for r in range(2):
+                    columns[group, each * quad + part + r * 4 * each] = element(b, r, lane, part)
+        for r in range(4):
+            for lane in range(32):
+                row, column = lane // 4 + r // 2 * 8, lane % 4 * 2 + r % 2
+                start = float(c[r].view(np.float32)[lane])
+                x, y = rows[row].tolist(), columns[column].tolist()
+                total = dot(x, y, start, (kind, kind, "f32"), 25, 23)
+                if abs(total) >= 2**128:
+                    total = math.copysign(math.inf, total)
+                out[r, lane] = np.float32(float(total)).view(np.uint32)
+        return [out]
+
+    return oracle

@@ -172,10 +172,18 @@ def elements(kind, rng, count, style="exact"):
     else:
         uniform = rng.integers(-(1 << 20), 1 << 20, (4, count)).sum(0) / (1 << 20)
         values = uniform * 2.0 ** (rng.integers(-6, 7, count) if style == "wide" else 0)
-    if size == 4:
+    if kind == "tf32" and style == "exact":
+        return values.astype(np.float32).view(np.uint32)
+    return raw_bits(kind, values)
+
+
+def raw_bits(kind, values):
+    """Values as raw elements of f32, tf32 (its 13 low bits zero), f16, bf16, e4m3 or e5m2."""
+    if kind in ("f32", "tf32"):
         raw = values.astype(np.float32).view(np.uint32)
-        return raw if kind == "f32" or style == "exact" else raw & np.uint32(0xFFFFE000)
+        return raw if kind == "f32" else raw & np.uint32(0xFFFFE000)
     packed = torch.from_numpy(values.astype(np.float32)).to(TORCH_TYPES[kind])
+    size = packed.element_size()
     return packed.view({1: torch.uint8, 2: torch.int16}[size]).numpy().view(f"u{size}")
 
 

@@ -3,39 +3,11 @@
 Whether the definition is the hardware's is what test_ptx_forms.py checks on recorded answers.
 """
 
-import math
-from fractions import Fraction
-
 import numpy as np
 import pytest
+from ptx_forms_oracle import dot
 
 from mirage_hello.ptx.emulator import formats, tensorcore
-
-EMIN = {"bf16": -126, "f16": -14, "tf32": -126, "e4m3": -6, "e5m2": -14, "f32": -126}
-
-
-def exponent(kind, x):
-    return max(math.frexp(x)[1] - 1, EMIN[kind]) if x else -(10**6)
-
-
-def truncate(exact, unit):
-    """`exact` toward zero to a multiple of 2**unit."""
-    steps = exact / Fraction(2) ** unit
-    return Fraction(int(steps)) * Fraction(2) ** unit
-
-
-def dot(a, b, c, kinds, fraction, keep):
-    """One element of d by the definition at the top of tensorcore.py, before the last rounding."""
-    tops = [exponent(kinds[0], x) + exponent(kinds[1], y) for x, y in zip(a, b, strict=True)]
-    top = max([*tops, exponent(kinds[2], c)])
-    total = truncate(Fraction(c), top - fraction)
-    for x, y in zip(a, b, strict=True):
-        total += truncate(Fraction(x) * Fraction(y), top - fraction)
-    if total == 0 or keep is None:
-        return total
-    lead = math.floor(math.log2(abs(total)))
-    lead += (abs(total) >= Fraction(2) ** (lead + 1)) - (abs(total) < Fraction(2) ** lead)
-    return truncate(total, lead - keep)
 
 
 def operand(kind, shape, rng):

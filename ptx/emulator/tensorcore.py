@@ -15,9 +15,9 @@ One instruction adds its K products and the accumulator in fixed point:
 
 Integer operands add exactly and wrap (or saturate).  The constants were fitted on 46 random cases
 of one H200 (tests/ptx_forms_matrix.py, ptx_forms_wgmma.py; styles "random" and "wide", chains of 8
-instructions) and 16 whose operands are any bits (style "bits": overflow, infinities, NaN): every bit
-of every result agrees.  Non-finite operands follow IEEE rules, with one NaN: 0x7fffffff in f32,
-0x7fff in f16.
+instructions) and 16 whose operands are any bits (style "bits": overflow, infinities, NaN): every
+bit of every result agrees.  Non-finite operands follow IEEE rules, with one NaN: 0x7fffffff in
+f32, 0x7fff in f16.
 """
 
 import numpy as np
