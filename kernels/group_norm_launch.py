@@ -18,24 +18,41 @@ NHWC_SHIFT, NCHW_SHIFT = 31, 48
 
 
 def ptx_program(
-    op: str, shape: Shape, p: Plan, dtype: torch.dtype, bf16_silu: str = "silu_tanh"
+    op: str, shape: Shape, p: Plan, dtype: torch.dtype, **others: str
 ) -> loader.Program:
+    """The PTX of a plan; `others` replace template variables (the sweep's hints, say)."""
     activation = "silu" if op == "group_norm_silu" else "none"
     if activation == "silu" and dtype == torch.bfloat16:
-        activation = bf16_silu
+        activation = "silu_tanh"
     variables: dict[str, Any] = {"op": op, "dtype": SUFFIX[dtype], "ACTIVATION": activation}
     variables |= {"E": p.elements, "VECS": p.vecs, "THREADS": p.threads}
-    variables |= {"REGISTERS": min(255, 65536 // p.threads // 8 * 8)}
+    variables |= {"REGISTERS": min(255, 65536 // (p.threads * p.blocks_per_sm) // 8 * 8)}
     variables |= {"S": p.segment} if shape.channels_last else {}
     variables |= {"CLUSTER": p.cluster} if p.passes == 1 else {}
-    return loader.program(f"group_norm_{layout(shape)}{'_two_pass' * (p.passes == 2)}", **variables)
+    if shape.channels_last:
+        variables |= sizes(shape, p) | {"BLOCKS_PER_SM": p.blocks_per_sm}
+        variables |= {"STAGING": p.staging} if p.passes == 1 else {}
+    return loader.program(
+        f"group_norm_{layout(shape)}{'_two_pass' * (p.passes == 2)}", **variables | others
+    )
 
 
 def cuda_program(op: str, shape: Shape, p: Plan, dtype: torch.dtype) -> loader.Program:
     numbers = {"E": p.elements, "S": p.segment, "VECS": p.vecs, "CLUSTER": p.cluster}
     numbers |= {"THREADS": p.threads, "PASSES": p.passes, "SILU": int(op == "group_norm_silu")}
+    if shape.channels_last:
+        numbers |= sizes(shape, p)
     names = {"ELEMENT": CUDA_TYPE[dtype], "SUFFIX": SUFFIX[dtype], "OP": op}
     return loader.cuda_program("group_norm", names | {k: str(v) for k, v in numbers.items()})
+
+
+def sizes(shape: Shape, p: Plan) -> dict[str, int]:
+    """The shape and the cut as constants of the channels_last kernels."""
+    width = shape.group_channels
+    counts = {"SLICES": p.slices, "APPLY_BLOCKS": p.apply_blocks} if p.passes == 2 else {}
+    numbers = {"CHANNELS": shape.channels, "PIXELS": shape.pixels, "SLAB_GROUPS": p.slab_groups}
+    numbers |= {"GROUP_CHANNELS": width, "MAGIC": nhwc_magic(width)}
+    return numbers | counts | {"COLUMNS": p.columns, "LANES": p.lanes}
 
 
 def layout(shape: Shape) -> str:
@@ -69,14 +86,13 @@ def one_pass(
     tensors: Tensors,
     eps: float,
 ) -> None:
-    units, width = p.block_units(shape), shape.group_channels
     grid = (p.cluster, shape.groups // p.slab_groups, shape.images)
     scalars: tuple[int, ...]
     if shape.channels_last:
-        block, smem_bytes = (p.columns, p.lanes, 1), p.smem_bytes(shape)
-        scalars = (shape.channels, shape.pixels, units, p.slab_groups, width, nhwc_magic(width))
+        block, smem_bytes, scalars = (p.columns, p.lanes, 1), p.smem_bytes(shape), ()
     else:
         block, smem_bytes = (p.lanes, 1, 1), 0
+        width, units = shape.group_channels, p.block_units(shape)
         vectors = width * shape.pixels // p.elements
         scalars = (nchw_magic(shape, p), vectors, units, shape.groups, width)
     program.launch(f"{name}_{suffix}", grid, block, (*tensors, *scalars, eps), smem_bytes)
@@ -96,21 +112,18 @@ def two_passes(
     partial = x.new_empty(shape.images * shape.groups * p.slices * 2, dtype=torch.float32)
     samples = x.new_empty(shape.images * p.slices, dtype=torch.float32)
     grid = (p.slices, shape.groups // p.slab_groups, shape.images)
-    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
     scalars: tuple[float, ...]
     if shape.channels_last:
         block, smem_bytes = (p.columns, p.lanes, 1), p.smem_bytes(shape)
-        magic = nhwc_magic(width)
-        sizes = (shape.channels, shape.pixels, shape.groups, p.slab_groups, width, magic)
-        scalars = (p.slices, eps, *sizes)
+        counts, scalars = (), (eps,)
     else:
         block, smem_bytes = (p.lanes, 1, 1), 0
-        sizes = (width * shape.pixels // p.elements,)
-        scalars = (nchw_magic(shape, p), p.slices, width, eps, *sizes)
-    first = (x, partial, samples, *sizes)
+        counts = (width * shape.pixels // p.elements,)
+        scalars = (nchw_magic(shape, p), p.slices, width, eps, *counts)
+    first = (x, partial, samples, *counts)
     program.launch(f"{name}_statistics_{suffix}", grid, block, first, smem_bytes)
-    # Twice the blocks: the second kernel waits for memory in both directions.
-    grid = (2 * p.slices, *grid[1:])
+    grid = (p.apply_blocks, *grid[1:])
     second = (x, partial, samples, weight, bias, out, *scalars)
     program.launch(f"{name}_apply_{suffix}", grid, block, second, smem_bytes)
 

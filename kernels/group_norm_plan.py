@@ -20,21 +20,28 @@ Example, 320 channels @64x64 bf16: 2.6 MB in 64 blocks of 512 pixels x 80 B. lau
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-LAUNCH_US = 0.9  # a dependent kernel in a CUDA graph
-LATENCY_US = 1.0  # device memory or L2, and back, for each wave of blocks
-CLUSTER_US = 0.5  # pushing pairs to the peers, and the barrier
-MERGE_US = 0.012  # one step of a warp over 32 lanes' pairs in shared memory
-SM_BYTES_PER_US = 80_000  # about 46 bytes a clock of 1.75 GHz
-L2_BYTES_PER_US = 4_800_000
-SM_ELEMENTS_PER_US = 16_000  # 128 lanes x 1.75 GHz / about 14 instructions
-SECTOR_BYTES = 32  # what the L2 moves at least
+FIXED_US = 1.75  # launch in a CUDA graph, one wave of loads, one of stores
+CLUSTER_US = 0.42  # pushing pairs to the peers, and the barrier
+WAVE_US = 1.1  # blocks that wait for others to leave
+STEP_US = 0.02  # a warp merging one pair of each of 32 lanes in shared memory
+VEC_US = 0.07  # each further vector of a thread: instructions that nothing overlaps
+WARP_US = 0.022  # prologue and epilogue of each warp of a multiprocessor
+SM_BYTES_PER_US = 125_000  # 71 bytes a clock of 1.755 GHz
+SM_ELEMENTS_PER_US = 31_000  # 128 lanes x 1.755 GHz / about 7 instructions
+MB_US = 0.32  # all bytes through the L2: one read and one write, 6.3 TB/s
+SECTOR_BYTES, ROW_BYTES = 32, 64  # what the L2 moves at least, and a row costs at least
+TWO_PASS_US = 5.5  # two launches, four latencies, a merge of all slices
+TWO_PASS_MB_US = 0.58  # of x: two reads and one write
+TWO_PASS_IN_FLIGHT_US = 10.0  # and this / accesses in flight of a block: its warps x vectors, to 64
 MAX_VECS = 16
-MAX_SMEM_BYTES = 96 * 1024
+MAX_SMEM_BYTES = 227 * 1024
+MAX_PAIRS_BYTES = 96 * 1024  # of pairs (mean, M2) alone
 # Clusters resident at once on 132 multiprocessors, one block on each: not 132 / size, because a
-# cluster stays inside a GPC (measured with cuOccupancyMaxActiveClusters).
-RESIDENT_CLUSTERS = {1: 132, 2: 66, 4: 30, 8: 15}
+# cluster stays inside a GPC (1, 2, 4, 8 by cuOccupancyMaxActiveClusters; 3 and 6 by arithmetic:
+# GPCs of 5 x 18, 2 x 16 and 10, or 6 x 18, 16 and 8 agree with those).
+RESIDENT_CLUSTERS = {1: 132, 2: 66, 3: 43, 4: 30, 6: 20, 8: 15}
 
 
 @dataclass(frozen=True)
@@ -71,9 +78,12 @@ class Plan:
     columns: int
     lanes: int
     vecs: int
-    cluster: int
-    slices: int
-    estimate_us: float
+    cluster: int = 1
+    slices: int = 1  # blocks of the first of two kernels, for each tile or group
+    apply_blocks: int = 1  # and of the second
+    staging: str = "registers"  # where a one-pass plan of channels_last keeps x, or "shared"
+    blocks_per_sm: int = 1  # that registers and shared memory must leave room for
+    estimate_us: float = 0.0
 
     @property
     def threads(self) -> int:
@@ -90,7 +100,10 @@ class Plan:
         """Dynamic shared memory of a channels_last kernel: see "Shared map" in its header."""
         pitch = self.columns * self.elements // self.segment | 1
         pairs = self.slab_groups * (1 + self.cluster) + self.lanes * pitch
-        return 8 * pairs + 4 * self.lanes
+        used = 8 * pairs + 4 * self.lanes
+        if self.staging == "shared":
+            used = -(-used // 16) * 16 + self.threads * self.vecs * self.elements * shape.size
+        return used
 
 
 @functools.lru_cache(maxsize=4096)
@@ -153,24 +166,41 @@ def nhwc_one_pass(shape: Shape) -> Iterator[Plan]:
         for cluster in RESIDENT_CLUSTERS if shape.clusters else (1,):
             units = -(-shape.pixels // cluster)
             for lanes in lane_choices(columns, units):
-                vecs = -(-units // lanes)
-                needed = registers(vecs, elements, elements // segment, shape.size)
-                if vecs > MAX_VECS or not fits(columns * lanes, needed):
-                    continue
-                part = Plan(
-                    1, elements, segment, slab_groups, columns, lanes, vecs, cluster, 1, 0.0
-                )
-                if part.smem_bytes(shape) > MAX_SMEM_BYTES:
-                    continue
-                row = slab * shape.size
-                # Sectors that a row of the slab touches: its ends share theirs with neighbours.
-                moved = row if row % SECTOR_BYTES == 0 else row + SECTOR_BYTES
-                warps = max(1, part.threads // 32)
-                steps = -(-lanes // 32) * shape.group_channels // segment
-                merge_us = MERGE_US * steps * -(-slab_groups // warps)
-                blocks = shape.images * (shape.groups // slab_groups) * cluster
-                time_us = one_pass_us(shape, part, needed, blocks, units * moved, merge_us)
-                yield with_estimate(part, time_us)
+                for staging in ("registers", "shared"):
+                    vecs = -(-units // lanes)
+                    if staging == "shared":
+                        vecs = -(-vecs // 4) * 4  # the kernel takes 4 a turn
+                    part = Plan(1, elements, segment, slab_groups, columns, lanes, vecs, cluster)
+                    part = replace(part, staging=staging)
+                    blocks_per_sm = nhwc_blocks_per_sm(shape, part)
+                    if blocks_per_sm:
+                        part = replace(part, blocks_per_sm=min(2, blocks_per_sm))
+                        yield replace(part, estimate_us=nhwc_one_pass_us(shape, part))
+
+
+def nhwc_blocks_per_sm(shape: Shape, p: Plan) -> int:
+    """How many blocks of a one-pass plan a multiprocessor holds; 0 where it is not possible."""
+    in_shared = p.staging == "shared"
+    if in_shared and (p.elements * shape.size < 4 or p.vecs > MAX_VECS):
+        return 0  # cp.async copies 4 bytes at least
+    kept = 2 if in_shared else p.vecs
+    needed = registers(kept, p.elements, p.elements // p.segment, shape.size)
+    limit = MAX_SMEM_BYTES if in_shared else MAX_PAIRS_BYTES
+    if kept > MAX_VECS or not fits(p.threads, needed) or p.smem_bytes(shape) > limit:
+        return 0
+    by_registers = 65536 // (p.threads * -(-needed // 8) * 8)
+    by_smem = MAX_SMEM_BYTES // (p.smem_bytes(shape) + 1024)  # 1 KB of a block is the system's
+    return max(1, min(by_registers, by_smem, 2048 // p.threads))
+
+
+def nhwc_one_pass_us(shape: Shape, p: Plan) -> float:
+    row = p.slab_groups * shape.group_channels * shape.size
+    # Sectors that a row of the slab touches: its ends share theirs with neighbours.
+    row_bytes = max(ROW_BYTES, row if row % SECTOR_BYTES == 0 else row + SECTOR_BYTES)
+    blocks = shape.images * (shape.groups // p.slab_groups) * p.cluster
+    steps = -(-p.lanes // 32) * shape.group_channels // p.segment
+    merge_us = STEP_US * steps * -(-p.slab_groups // (p.threads // 32))
+    return merge_us + one_pass_us(shape, p, blocks, p.block_units(shape) * row_bytes)
 
 
 def nchw_one_pass(shape: Shape) -> Iterator[Plan]:
@@ -184,25 +214,28 @@ def nchw_one_pass(shape: Shape) -> Iterator[Plan]:
             needed = registers(vecs, elements, 1, shape.size) + 3 * vecs
             if vecs > MAX_VECS or not fits(lanes, needed):
                 continue
-            part = Plan(1, elements, elements, 1, 1, lanes, vecs, cluster, 1, 0.0)
-            blocks = shape.images * shape.groups * cluster
-            moved = units * elements * shape.size
-            yield with_estimate(part, one_pass_us(shape, part, needed, blocks, moved, MERGE_US))
+            per_sm = max(1, min(2048 // lanes, 65536 // (lanes * needed)))
+            part = Plan(1, elements, elements, 1, 1, lanes, vecs, cluster, blocks_per_sm=per_sm)
+            blocks, moved = shape.images * shape.groups * cluster, units * elements * shape.size
+            estimate_us = one_pass_us(shape, part, blocks, moved)
+            yield replace(part, blocks_per_sm=1, estimate_us=estimate_us)
 
 
-def one_pass_us(
-    shape: Shape, part: Plan, needed: int, blocks: int, block_bytes: int, merge_us: float
-) -> float:
+def one_pass_us(shape: Shape, p: Plan, blocks: int, block_bytes: int) -> float:
     """The model above; `block_bytes` are read once and written once by each block."""
-    usable = RESIDENT_CLUSTERS[part.cluster] * part.cluster * shape.multiprocessors / 132
-    per_sm = max(1, min(2048 // part.threads, 65536 // (part.threads * needed)))
-    waves = math.ceil(blocks / (usable * per_sm))
-    share = math.ceil(blocks / usable)
-    elements = part.threads * part.vecs * part.elements
-    move_us = max(share * block_bytes / SM_BYTES_PER_US, blocks * block_bytes / L2_BYTES_PER_US)
-    fixed_us = LAUNCH_US + merge_us + (CLUSTER_US if part.cluster > 1 else 0)
-    compute_us = share * elements / SM_ELEMENTS_PER_US
-    return fixed_us + waves * LATENCY_US + 2 * move_us + compute_us
+    usable = RESIDENT_CLUSTERS[p.cluster] * p.cluster * shape.multiprocessors / 132
+    waves = math.ceil(blocks / (usable * p.blocks_per_sm))
+    share = math.ceil(blocks / usable)  # blocks of the busiest multiprocessor
+    return (
+        FIXED_US
+        + (CLUSTER_US if p.cluster > 1 else 0)
+        + WAVE_US * (waves - 1)
+        + VEC_US * min(p.vecs, MAX_VECS)
+        + WARP_US * share * p.threads / 32
+        + share * block_bytes / SM_BYTES_PER_US
+        + share * p.threads * p.vecs * p.elements / SM_ELEMENTS_PER_US
+        + MB_US * blocks * block_bytes / 1e6
+    )
 
 
 def nhwc_two_pass(shape: Shape) -> Iterator[Plan]:
@@ -218,17 +251,18 @@ def nhwc_two_pass(shape: Shape) -> Iterator[Plan]:
         return
     columns = padded(tile // elements)
     segment = math.gcd(shape.group_channels, elements)
+    tiles = shape.images * shape.groups // tile_groups
     for lanes in lane_choices(columns, shape.pixels):
-        for vecs in (4, 8):
+        for vecs, per_sm in ((4, 1), (8, 1), (4, 2)):
             needed = registers(vecs, elements, elements // segment, shape.size)
-            if not fits(columns * lanes, needed):
+            if not fits(columns * lanes * per_sm, needed if per_sm == 1 else min(needed, 64)):
                 continue
-            tiles = shape.images * shape.groups // tile_groups
             chunks = -(-shape.pixels // (lanes * vecs))
-            slices = max(1, min(chunks, -(-shape.multiprocessors // tiles)))
-            part = Plan(2, elements, segment, tile_groups, columns, lanes, vecs, 1, slices, 0.0)
-            if part.smem_bytes(shape) <= MAX_SMEM_BYTES:
-                yield with_estimate(part, two_pass_us(shape, part.threads))
+            slices = max(1, min(chunks, -(-per_sm * shape.multiprocessors // tiles)))
+            part = Plan(2, elements, segment, tile_groups, columns, lanes, vecs, 1, slices)
+            part = replace(part, apply_blocks=min(chunks, 2 * slices), blocks_per_sm=per_sm)
+            if part.smem_bytes(shape) <= MAX_PAIRS_BYTES:
+                yield replace(part, estimate_us=two_pass_us(shape, part))
 
 
 def nchw_two_pass(shape: Shape) -> Iterator[Plan]:
@@ -238,18 +272,13 @@ def nchw_two_pass(shape: Shape) -> Iterator[Plan]:
         slabs = shape.images * shape.groups
         chunks = -(-vectors // (lanes * vecs))
         slices = max(1, min(chunks, -(-2 * shape.multiprocessors // slabs)))
-        part = Plan(2, elements, elements, 1, 1, lanes, vecs, 1, slices, 0.0)
-        yield with_estimate(part, two_pass_us(shape, lanes))
+        part = Plan(2, elements, elements, 1, 1, lanes, vecs, 1, slices, 2 * slices)
+        yield replace(part, estimate_us=two_pass_us(shape, part))
 
 
-def two_pass_us(shape: Shape, threads: int) -> float:
-    """Two launches, two latencies each, three passes over x; 512 threads a block where equal."""
-    moved = 3 * shape.images * shape.channels * shape.pixels * shape.size
-    elements = moved / shape.size / shape.multiprocessors
-    time_us = 2 * LAUNCH_US + 4 * LATENCY_US + moved / L2_BYTES_PER_US
-    time_us += elements / SM_ELEMENTS_PER_US / 2  # half the instructions: one of two jobs a pass
-    return time_us + abs(threads - 512) * 1e-5
-
-
-def with_estimate(part: Plan, estimate_us: float) -> Plan:
-    return Plan(**{**part.__dict__, "estimate_us": estimate_us})
+def two_pass_us(shape: Shape, p: Plan) -> float:
+    """Two launches and three passes over x; near 512 threads a block where equal."""
+    megabytes = shape.images * shape.channels * shape.pixels * shape.size / 1e6
+    in_flight = min(64, p.threads // 32 * p.vecs)
+    move_us = TWO_PASS_MB_US * megabytes * (1 + TWO_PASS_IN_FLIGHT_US / in_flight)
+    return TWO_PASS_US + move_us + abs(p.threads - 512) * 1e-5 + p.vecs * 1e-3

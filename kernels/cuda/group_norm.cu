@@ -2,7 +2,9 @@
 //
 // Compiled with ELEMENT (float, __half, __nv_bfloat16), OP and SUFFIX (parts of the entries' names),
 // SILU, E (elements of an access), S (of them in one group: a segment), VECS (accesses of a thread),
-// CLUSTER (blocks that share a group; 1: none), THREADS (the most a block has).
+// CLUSTER (blocks that share a group; 1: none), THREADS (the most a block has). channels_last has the
+// sizes of the shape and of the cut as constants too: CHANNELS, PIXELS, SLAB_GROUPS, GROUP_CHANNELS,
+// MAGIC, COLUMNS, LANES.
 // Grids, blocks and shared memory are those of ptx/group_norm_*.ptx.j2; group_norm_launch.py
 // launches both.
 //
@@ -237,10 +239,14 @@ struct Affine {
     }
 };
 
+#ifdef CHANNELS
 #if PASSES == 1
 ONE_PASS_ENTRY(nhwc)(const Element *x, const Element *weight, const Element *bias, Element *out,
-                     u32 channels, u32 pixels, u32 block_pixels, u32 slab_groups,
-                     u32 group_channels, u32 magic, float eps) {
+                     float eps) {
+    constexpr u32 channels = CHANNELS, pixels = PIXELS;
+    constexpr u32 block_pixels = (PIXELS + CLUSTER - 1) / CLUSTER;
+    constexpr u32 slab_groups = SLAB_GROUPS, group_channels = GROUP_CHANNELS, magic = MAGIC;
+    constexpr u32 threads = COLUMNS * LANES;
     cluster_arrive();  // "I run": waited for before the first store to a peer
     // Indices
     const u32 first = blockIdx.x * block_pixels;
@@ -248,7 +254,7 @@ ONE_PASS_ENTRY(nhwc)(const Element *x, const Element *weight, const Element *bia
     const u32 slab_channel = first_channel(slab_groups * group_channels);
     const u32 channel = blockIdx.y * slab_groups * group_channels + slab_channel;
     const u64 from = ((u64)blockIdx.z * pixels + first + threadIdx.y) * channels + channel;
-    const u64 step = (u64)blockDim.y * channels;
+    constexpr u64 step = (u64)LANES * channels;
     float2 *groups = (float2 *)smem;
     Moments *blocks = (Moments *)(groups + slab_groups);
     Lanes lanes(blocks + CLUSTER * slab_groups, group_channels);
@@ -260,7 +266,7 @@ ONE_PASS_ENTRY(nhwc)(const Element *x, const Element *weight, const Element *bia
     Vector kept[VECS] = {};
 #pragma unroll
     for (int v = 0; v < VECS; v++)
-        if (threadIdx.y + v * blockDim.y < count)
+        if (threadIdx.y + v * LANES < count)
             kept[v] = *(const Vector *)(x + from + v * step);
 
     // Reduce
@@ -269,14 +275,13 @@ ONE_PASS_ENTRY(nhwc)(const Element *x, const Element *weight, const Element *bia
     start(sums, kept[0]);
 #pragma unroll
     for (int v = 0; v < VECS; v++)
-        if (threadIdx.y + v * blockDim.y < count) {
+        if (threadIdx.y + v * LANES < count) {
             samples += S;
             add(sums, kept[v]);
         }
     lanes.publish(sums, origin, samples);
     __syncthreads();
     cluster_wait();
-    const u32 threads = blockDim.x * blockDim.y;
     for (u32 group = linear_thread() / 32; group < slab_groups; group += threads / 32) {
         const Moments m = lanes.merge(group, (float)count * group_channels);
         const u32 peer = linear_thread() % 32;
@@ -295,16 +300,17 @@ ONE_PASS_ENTRY(nhwc)(const Element *x, const Element *weight, const Element *bia
     const Affine affine(origin, groups, weight, bias, channel, slab_channel, magic);
 #pragma unroll
     for (int v = 0; v < VECS; v++)
-        if (threadIdx.y + v * blockDim.y < count)
+        if (threadIdx.y + v * LANES < count)
             *(Vector *)(out + from + v * step) = affine(kept[v]);
 }
 #else
-ENTRY(nhwc_statistics)(const Element *x, Moments *partial, float *slice_pixels, u32 channels,
-                       u32 pixels, u32 groups, u32 tile_groups, u32 group_channels, u32 magic) {
+ENTRY(nhwc_statistics)(const Element *x, Moments *partial, float *slice_pixels) {
+    constexpr u32 channels = CHANNELS, pixels = PIXELS, groups = CHANNELS / GROUP_CHANNELS;
+    constexpr u32 tile_groups = SLAB_GROUPS, group_channels = GROUP_CHANNELS, magic = MAGIC;
     // Indices
     const u32 tile_channel = first_channel(tile_groups * group_channels);
     const u32 channel = blockIdx.y * tile_groups * group_channels + tile_channel;
-    const u32 chunk = blockDim.y * VECS, slice = blockIdx.x, slices = gridDim.x;
+    const u32 chunk = LANES * VECS, slice = blockIdx.x, slices = gridDim.x;
     const Element *image = x + (u64)blockIdx.z * pixels * channels + channel;
     Lanes lanes((Moments *)smem + tile_groups, group_channels);
     float origin[K];
@@ -318,14 +324,14 @@ ENTRY(nhwc_statistics)(const Element *x, Moments *partial, float *slice_pixels, 
         Vector vector[VECS] = {};
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
-            const u32 pixel = first + threadIdx.y + v * blockDim.y;
+            const u32 pixel = first + threadIdx.y + v * LANES;
             if (pixel < pixels) vector[v] = *(const Vector *)(image + (u64)pixel * channels);
         }
         if (count == 0) start(sums, vector[0]);
         count += min(chunk, pixels - first);
 #pragma unroll
         for (int v = 0; v < VECS; v++)
-            if (first + threadIdx.y + v * blockDim.y < pixels) {
+            if (first + threadIdx.y + v * LANES < pixels) {
                 samples += S;
                 add(sums, vector[v]);
             }
@@ -336,7 +342,7 @@ ENTRY(nhwc_statistics)(const Element *x, Moments *partial, float *slice_pixels, 
     __syncthreads();
     const u32 thread = linear_thread();
     if (thread == 0) slice_pixels[blockIdx.z * slices + slice] = count;
-    for (u32 group = thread / 32; group < tile_groups; group += blockDim.x * blockDim.y / 32) {
+    for (u32 group = thread / 32; group < tile_groups; group += COLUMNS * LANES / 32) {
         const Moments m = lanes.merge(group, (float)count * group_channels);
         const u32 g = blockIdx.z * groups + blockIdx.y * tile_groups + group;
         if (thread % 32 == 0) partial[g * slices + slice] = m;
@@ -344,13 +350,14 @@ ENTRY(nhwc_statistics)(const Element *x, Moments *partial, float *slice_pixels, 
 }
 
 ENTRY(nhwc_apply)(const Element *x, const Moments *partial, const float *slice_pixels,
-                  const Element *weight, const Element *bias, Element *out, u32 slices,
-                  float eps, u32 channels, u32 pixels, u32 all_groups, u32 tile_groups,
-                  u32 group_channels, u32 magic) {
+                  const Element *weight, const Element *bias, Element *out, float eps) {
+    constexpr u32 channels = CHANNELS, pixels = PIXELS, all_groups = CHANNELS / GROUP_CHANNELS;
+    constexpr u32 tile_groups = SLAB_GROUPS, group_channels = GROUP_CHANNELS, magic = MAGIC;
+    constexpr u32 slices = SLICES;
     // Reduce: a warp a group
     float2 *groups = (float2 *)smem;
     const u32 thread = linear_thread();
-    for (u32 group = thread / 32; group < tile_groups; group += blockDim.x * blockDim.y / 32) {
+    for (u32 group = thread / 32; group < tile_groups; group += COLUMNS * LANES / 32) {
         const u32 g = blockIdx.z * all_groups + blockIdx.y * tile_groups + group;
         const Moments m = merge_slices(partial + g * slices, slice_pixels + blockIdx.z * slices,
                                        slices, pixels, group_channels);
@@ -365,22 +372,23 @@ ENTRY(nhwc_apply)(const Element *x, const Moments *partial, const float *slice_p
     float origin[K];
     load_origins(origin, x + image - tile_channel, tile_channel, group_channels, magic);
     const Affine affine(origin, groups, weight, bias, channel, tile_channel, magic);
-    const u32 chunk = blockDim.y * VECS;
+    const u32 chunk = LANES * VECS;
     const int chunks = (pixels + chunk - 1) / chunk;
     for (int c = chunks - 1 - (int)blockIdx.x; c >= 0; c -= gridDim.x) {
         Vector vector[VECS];
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
-            const u32 pixel = c * chunk + threadIdx.y + v * blockDim.y;
+            const u32 pixel = c * chunk + threadIdx.y + v * LANES;
             if (pixel < pixels) vector[v] = *(const Vector *)(x + image + (u64)pixel * channels);
         }
 #pragma unroll
         for (int v = 0; v < VECS; v++) {
-            const u32 pixel = c * chunk + threadIdx.y + v * blockDim.y;
+            const u32 pixel = c * chunk + threadIdx.y + v * LANES;
             if (pixel < pixels) *(Vector *)(out + image + (u64)pixel * channels) = affine(vector[v]);
         }
     }
 }
+#endif
 #endif
 
 // contiguous: a group is one stretch of memory, E == S ---------------------------------------------
