@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_hello import reference
-from mirage_hello.kernels import checks, linear_sm90a
+from mirage_hello.kernels import checks, linear_sm90a, product_cuda
 from mirage_hello.kernels.call import Call
 from mirage_hello.kernels.kernel import FLOATS, Kernel
 from mirage_hello.kernels.registry import Op, define, register
@@ -131,13 +131,14 @@ def supports_triton(call: Call) -> str | None:
     return refuses_product(call)
 
 
+# CUDA: kernels/product_cuda.py launches kernels/cuda/product.cu
 # PTX: kernels/linear_sm90a.py launches ptx/linear.sm90a.ptx.j2
 
 # Registrations
 
-for _op, _torch, _triton, _ptx in (
-    ("linear", linear_torch, linear_triton, linear_sm90a.linear_sm90a),
-    ("geglu", geglu_torch, geglu_triton, linear_sm90a.geglu_sm90a),
+for _op, _torch, _triton, _cuda, _ptx in (
+    ("linear", linear_torch, linear_triton, product_cuda.linear_cuda, linear_sm90a.linear_sm90a),
+    ("geglu", geglu_torch, geglu_triton, product_cuda.geglu_cuda, linear_sm90a.geglu_sm90a),
 ):
     register(
         Kernel(
@@ -167,6 +168,17 @@ for _op, _torch, _triton, _ptx in (
             linear_sm90a.supports,
             source="ptx/linear.sm90a.ptx.j2",
             arch="sm_90a",
+            dtypes=(torch.bfloat16, torch.float16),
+        )
+    )
+    register(
+        Kernel(
+            _op,
+            "cuda",
+            _cuda,
+            product_cuda.supports_linear,
+            source="kernels/cuda/product.cu",
+            arch="sm_80",
             dtypes=(torch.bfloat16, torch.float16),
         )
     )
