@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_hello import reference
-from mirage_hello.kernels import attention_sm90a, checks
+from mirage_hello.kernels import attention_mma, attention_sm90a, checks
 from mirage_hello.kernels.call import Call
 from mirage_hello.kernels.kernel import FLOATS, Kernel
 from mirage_hello.kernels.registry import Op, define, register
@@ -83,7 +83,8 @@ def supports_triton(call: Call) -> str | None:
     return refuses_product(call)
 
 
-# PTX: kernels/attention_sm90a.py launches ptx/attention.sm90a.ptx.j2
+# CUDA C++ and PTX: kernels/attention_mma.py launches kernels/cuda/attention.cu and
+# ptx/attention.sm80.ptx.j2, kernels/attention_sm90a.py launches ptx/attention.sm90a.ptx.j2
 
 # Registrations
 
@@ -115,6 +116,28 @@ register(
         attention_sm90a.supports,
         source="ptx/attention.sm90a.ptx.j2",
         arch="sm_90a",
+        dtypes=(torch.bfloat16, torch.float16),
+    )
+)
+register(
+    Kernel(
+        "attention",
+        "ptx",
+        attention_mma.attention_sm80,
+        attention_mma.supports,
+        source="ptx/attention.sm80.ptx.j2",
+        arch="sm_80",
+        dtypes=(torch.bfloat16, torch.float16),
+    )
+)
+register(
+    Kernel(
+        "attention",
+        "cuda",
+        attention_mma.attention_cuda,
+        attention_mma.supports,
+        source="kernels/cuda/attention.cu",
+        arch="sm_80",
         dtypes=(torch.bfloat16, torch.float16),
     )
 )

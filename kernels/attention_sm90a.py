@@ -1,11 +1,11 @@
 """attention on Hopper: the launch of ptx/attention.sm90a.ptx.j2 and the choice of its tile."""
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mirage_hello.kernels import attention_mma
 from mirage_hello.kernels.call import Call
 from mirage_hello.ptx import loader
 
@@ -61,9 +61,7 @@ def attention_sm90a(
         return out
     if m == 0:
         return out.zero_()
-    scale = d**-0.5 if scale is None else scale
-    if scale < 0:  # the kernel takes the largest score for the largest exponent
-        q, scale = -q, -scale
+    q, scale_log2 = attention_mma.positive_scale(q, scale)
     tile = tile or choose_tile(b * h, n, m, d, q.dtype)
     block_m, short = 64 * tile.warpgroups, SHORT_NAME[q.dtype]
     maps = (_heads(q, block_m), _heads(k, tile.block_n), _heads(v, tile.block_n), _heads(out, 64))
@@ -71,7 +69,7 @@ def attention_sm90a(
         f"attention_{short}",
         grid=(-(-n // block_m), h, b),
         block=(128 * (tile.warpgroups + 1),),
-        args=(*maps, m, -(-m // tile.block_n), scale * math.log2(math.e)),
+        args=(*maps, m, -(-m // tile.block_n), scale_log2),
         smem_bytes=tile.smem_bytes(d),
     )
     return out
@@ -111,12 +109,9 @@ def choose_tile(heads: int, n: int, m: int, d: int, dtype: torch.dtype) -> Tile:
 
 
 def supports(call: Call) -> str | None:
-    """What the tensor maps and the products need; None when all is there."""
-    d = call.args["q"].shape[-1]
-    if d % 8 or d > 256:
-        return f"head dimension must be a multiple of 8, at most 256 (got {d})"
+    """What the products and the tensor maps need; None when all is there."""
     for name in ("q", "k", "v"):
         spec = call.args[name]
-        if not spec.aligned16 or any((s * spec.dtype.itemsize) % 16 for s in spec.stride[:-1]):
-            return f"{name} must start and stride on 16 bytes (got strides {spec.stride})"
-    return None
+        if any(s == 0 and n > 1 for s, n in zip(spec.stride, spec.shape, strict=True)):
+            return f"a tensor map takes no expanded {name} (got strides {spec.stride})"
+    return attention_mma.supports(call)
