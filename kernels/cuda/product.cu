@@ -161,14 +161,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
     // Store: a thread has columns 2 (lane % 4) and the next of every 8, in rows lane / 4 and + 8
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll  // acc lives in registers, which have no run-time index
     for (int m = 0; m < 2; ++m)
+#pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int pixel = blockIdx.x * BLOCK_M + 32 * warp + 16 * m + 8 * half + lane / 4;
             if (pixel >= pixels) continue;
             const int image = pixel / (rows * columns);
+#pragma unroll
             for (int n = 0; n < COLUMNS / 8; ++n) {
                 const int column = blockIdx.y * COLUMNS + 8 * n + lane % 4 * 2;
-                if (column >= outputs) continue;
+                if (column >= outputs) break;
                 const i64 to = (i64)pixel * outputs + column;
                 float value[2];
                 for (int e = 0; e < 2; ++e) {
