@@ -234,7 +234,8 @@ def measure(output: Tensor, shot: Shot, output_before: Tensor, before: Shot) -> 
 def drift(curves: Curves, name: str) -> dict[str, float]:
     """How far a statistic moves between the first and last 15 %, beyond what the truth does.
 
-    (late - early of output) - (late - early of truth), over the early value of the truth.
+    (late - early of output) - (late - early of truth), over the early value of the truth; the
+    clipped share as it is.
 
     Returns:
         "mean": |mean over streams|; "worst": the largest |value| of a stream.
@@ -242,7 +243,9 @@ def drift(curves: Curves, name: str) -> dict[str, float]:
     output, truth = curves.get(f"output_{name}"), curves.get(f"truth_{name}")
     early, late = metrics.ends(output - truth)
     base, _ = metrics.ends(truth)
-    moved = (late - early) / base.mean().clamp_min(1e-3)
+    # A share of clipped pixels is a fraction already, and the truth's may be 0.
+    scale = torch.ones(()) if name == "clipped" else base.mean().clamp_min(1e-3)
+    moved = (late - early) / scale
     return {"mean": abs(float(moved.mean())), "worst": float(moved.abs().max())}
 
 

@@ -58,7 +58,7 @@ class ErrorBank:
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """[count, C, h, w]; zeros while the bank is empty."""
         held = max(1, min(self.count, len(self.errors)))
-        index = torch.randint(held, (count,), generator=generator, device=generator.device)
+        index = torch.randint(held, (count,), generator=generator, device=self.errors.device)
         return self.errors[index]
 
     def state_dict(self) -> dict:
