@@ -114,7 +114,7 @@ struct Rows {
             for (int j = 0; j < O_TILES; j++) {
                 o[t][j][0] = o[t][j][1] = o[t][j][2] = o[t][j][3] = 0.f;
             }
-            m[t][0] = m[t][1] = -infinity();
+            m[t][0] = m[t][1] = -1e30f;  // finite: scores of -inf then give 0, not NaN
             l[t][0] = l[t][1] = 0.f;
         }
     }
