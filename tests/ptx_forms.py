@@ -25,7 +25,7 @@ from mirage_hello.ptx import loader
 N = 512  # elements of a scalar form: 2 blocks of 256 threads
 TABLES = (
     *("float", "compare", "integer", "cvt", "warp", "memory", "atomic"),
-    *("matrix", "wgmma", "async", "tensor", "cluster"),
+    *("matrix", "wgmma", "async", "tensor", "cluster", "order"),
 )
 TORCH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from mirage_hello.ptx import assembler
-from mirage_hello.ptx.emulator import EmulatorError, formats
+from mirage_hello.ptx.emulator import EmulatorError, formats, table
 
 FIXTURE = Path(__file__).parent / "fixtures" / "ptx" / "forms.npz"
 GROUPS = ptx_forms.groups()
@@ -136,6 +136,16 @@ def test_every_instruction_of_the_kernels_has_a_form():
             for opcode in instructions(source.read_text()) - covered:
                 missing.setdefault(opcode, source.name)
     assert not missing, f"add a form to ptx_forms_*.py for {missing}"
+
+
+# Every form returns and some branch or leave early; trap and brkpt would end the process.
+UNDOTTED = {"bra", "brkpt", "exit", "pmevent", "ret", "trap"}
+
+
+def test_every_entry_of_the_table_has_a_form():
+    covered = set().union(*(instructions(ptx_forms.module_text(f)) for f in GROUPS.values()))
+    tested = {table.lookup(opcode)[0] for opcode in covered}
+    assert set(table.INSTRUCTIONS) - tested == UNDOTTED
 
 
 @pytest.mark.skipif(not FIXTURE.exists(), reason="the GPU's answers are not recorded yet")

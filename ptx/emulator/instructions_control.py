@@ -36,7 +36,7 @@ def trap(op):
 
 @instruction("brkpt", "nanosleep", "pmevent", "griddepcontrol", "prefetch", "prefetchu", "discard",
              "applypriority", "fence.acq_rel", "fence.sc", "fence", "membar",
-             "fence.proxy.tensormap", "fence.proxy.alias")  # fmt: skip
+             "fence.proxy.tensormap::generic", "fence.proxy.alias")  # fmt: skip
 def nothing(op):
     """No effect on values here: the emulator's memory is sequentially consistent, and what a
     missing fence would break is found by the race detector instead."""
@@ -156,7 +156,7 @@ def cluster_wait(op):
     return run
 
 
-@instruction("bar.warp.sync", "barrier.warp.sync", control=True)
+@instruction("bar.warp.sync", control=True)
 def warp_sync(op):
     mask = op.src(0, "b32")
 
