@@ -215,7 +215,7 @@ class TestBench:
             (["--peers", "cudn"], "did you mean cudnn"),
             (["--device", "cpu", "--cold"], "--cold"),
             (["--device", "cpu", "--size", "100x100"], "multiples of 8"),
-            (["--device", "cpu", "--size", "big"], "HEIGHTxWIDTH"),
+            (["--device", "cpu", "--size", "big"], "WIDTHxHEIGHT"),
             (["--device", "cpu", "--steps", "0"], "--steps"),
             (["--device", "cpu", "--frames", "3"], "at least 10"),
             (["--device", "cpu", "--clip", "nothing.mp4"], "not a file"),
