@@ -18,7 +18,7 @@ NHWC_SHIFT, NCHW_SHIFT = 31, 48
 
 
 def ptx_program(
-    op: str, shape: Shape, p: Plan, dtype: torch.dtype, **others: str
+    op: str, shape: Shape, p: Plan, dtype: torch.dtype, **others: str | int
 ) -> loader.Program:
     """The PTX of a plan; `others` replace template variables (the sweep's hints, say)."""
     activation = "silu" if op == "group_norm_silu" else "none"

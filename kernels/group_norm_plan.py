@@ -100,7 +100,7 @@ class Plan:
         """Dynamic shared memory of a channels_last kernel: see "Shared map" in its header."""
         pitch = self.columns * self.elements // self.segment | 1
         pairs = self.slab_groups * (1 + self.cluster) + self.lanes * pitch
-        used = 8 * pairs + 4 * self.lanes
+        used = 8 * pairs + 4 * self.lanes + 8 * (self.passes == 1)  # an mbarrier
         if self.staging == "shared":
             used = -(-used // 16) * 16 + self.threads * self.vecs * self.elements * shape.size
         return used

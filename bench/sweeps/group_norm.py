@@ -25,6 +25,8 @@ from mirage_hello.ptx import loader
 LIMIT_S = 120
 # How many plans of each kind: (passes, staging) -> count.
 MOST = {(1, "registers"): 7, (1, "shared"): 4, (2, "registers"): 3}
+# Vectors a turn of the loops over a slab in shared memory: short code is fetched soon.
+TURNS = ({"TURN": 1, "PARTS": 1}, {"TURN": 2, "PARTS": 1}, {"TURN": 4, "PARTS": 1})
 TWO_PASS_HINTS = ({"STORE": ".cs"}, {"LOAD": ".cs", "STORE": ".cs"})
 GROUPS = 32
 SHAPES = {
@@ -100,6 +102,11 @@ def run_case(name: str) -> dict:
     if layout == "nhwc" and x.nbytes > 8e6:
         for hints in TWO_PASS_HINTS:
             extra[f"{label(two)} {hints}"] = contender(shape, two, x, weight, bias, **hints)
+    in_shared = next((p for p in tried if p.staging == "shared"), None)
+    if layout == "nhwc" and in_shared:
+        for turns in TURNS:
+            others = contender(shape, in_shared, x, weight, bias, **turns)
+            extra[f"{label(in_shared)} {turns}"] = others
     effort = harness.Effort(rounds=8, sample_us=600.0)
     timed = harness.measure({**peers, **extra, **good}, "cuda", effort=effort)
     medians = {key: t.median_us for key, t in timed.items()}
@@ -119,7 +126,7 @@ def run_case(name: str) -> dict:
     }
 
 
-def contender(shape: Shape, p: Plan, x, weight, bias, **others: str):
+def contender(shape: Shape, p: Plan, x, weight, bias, **others: str | int):
     """A call of plan p with template variables replaced, its output newly allocated."""
 
     def program(op, shape, p, dtype):
