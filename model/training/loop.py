@@ -148,7 +148,8 @@ class Run(Place):
         if self.journal is None:
             return
         values["elapsed_s"] = self.elapsed_s
-        values["steps_per_s"] = self.step / max(self.stage_s, 1e-9)
+        if self.stage_s:  # with several ranks it is shared only now and then
+            values["steps_per_s"] = self.step / self.stage_s
         self.journal.write(stage.name, self.step - 1, values)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         self.say(f"{stage.name} {self.step}/{stage.steps}  {shown}")

@@ -1,6 +1,7 @@
 """Frames per second of the renderer and of each training stage on this machine, as JSON.
 
     python -m mirage_hello.model.training.throughput out/throughput.json
+    torchrun --nproc-per-node 2 -m mirage_hello.model.training.throughput out/two.json
 
 Utilisation is the arithmetic of the networks (forward once, backward twice) over the time and the
 device's dense bf16 peak; renderer, optimiser and moving average count as time but not as work.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -123,6 +125,8 @@ def main() -> int:
     arguments = parser.parse_args()
     values = dict(item.split("=", 1) for item in arguments.set)
     found = measure(changed(preset(arguments.preset), values), arguments.count)
+    if int(os.environ.get("RANK", "0")):
+        return 0
     arguments.path.parent.mkdir(parents=True, exist_ok=True)
     arguments.path.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
