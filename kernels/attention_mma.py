@@ -14,12 +14,16 @@ MAX_GRID_YZ = 65535
 
 def attention_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """See ops.attention; kernels/cuda/attention.cu."""
-    element, kind = ELEMENT[q.dtype]
     head_dim = q.shape[3]
-    program = loader.cuda_program(
+    program = cuda_source(head_dim, q.dtype)
+    return _launch(program, "attention", *tile(head_dim), q, k, v, scale)
+
+
+def cuda_source(head_dim: int, dtype: torch.dtype) -> loader.Program:
+    element, kind = ELEMENT[dtype]
+    return loader.cuda_program(
         "attention", defines={"ELEMENT": element, "KIND": kind, "HEAD_DIM": str(head_dim)}
     )
-    return _launch(program, "attention", *tile(head_dim), q, k, v, scale)
 
 
 def attention_sm80(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
