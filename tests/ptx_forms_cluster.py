@@ -109,6 +109,15 @@ def vectors(count):
     own = f"    ld.shared.v{count}.f32 {vector}, [%s];"
     lines = [*head, RELAXED, NEXT, store, PLAIN, own, out]
     yield form(f"st.shared::cluster.v{count}.f32", lines, oracle=from_block(-1, nbytes))
+    expect = f"    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%bar], {nbytes // 4};"
+    send = f"""
+    mapa.shared::cluster.u32 %dst, %s, %t1;
+    st.async.shared::cluster.mbarrier::complete_tx::bytes.v{count}.f32
+        [%dst], {vector}, [%remote];"""
+    wait = wait_barrier().replace("parity.", "parity.acquire.cluster.")
+    lines = [*head, init_barrier(1), by_leader(expect), WAIT, NEXT_BARRIER, send, wait, own, out]
+    options = {"oracle": from_block(-1, nbytes), "version": "8.1"}
+    yield form(f"st.async.v{count}.f32 to the next block", [*lines, WAIT], **options)
 
 
 def barriers_and_copies():

@@ -164,6 +164,18 @@ SCALAR_PARAMETERS = """
     xor.b32 %v0, %v0, %t1;"""
 
 
+SIGNED_PARAMETERS = """
+    ld.param.s32 %t0, [p_2];
+    xor.b32 %v0, %v0, %t0;
+    ld.param.s64 %x, [p_1];
+    add.s64 %o, %x, %w;"""
+
+
+def changed(data):
+    """Oracle of SIGNED_PARAMETERS."""
+    return [(data.view(np.uint32) ^ np.uint32(0x1234567)).view(np.uint8)]
+
+
 def loads_and_stores():
     for load, count, kind in LOADS:
         suffix = f".v{count}" if count > 1 else ""
@@ -174,6 +186,8 @@ def loads_and_stores():
     yield move("st.global.u8", "ld.global.u8", "st.global.u8", 1, "b32", store_bytes=1)
     words = partial(move, load="ld.global.b32", store="st.global.b32", count=1, kind="b32")
     yield words("cvta, ld.param", through=SCALAR_PARAMETERS, scalars=(0x1234567, -2.5))
+    signed = {"through": SIGNED_PARAMETERS, "scalars": (0x1234567, -2.5)}
+    yield words("ld.param.s32, ld.param.s64", oracle=changed, **signed)
     yield words("generic address of shared", through=THROUGH_GENERIC)
     yield words("isspacep.shared", through=SPACE_OF_ADDRESS)
     widths = ((1, "b16"), (1, "b32"), (2, "b32"), (4, "b32"), (2, "b64"), (2, "f32"), (4, "f32"))

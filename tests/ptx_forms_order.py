@@ -36,6 +36,11 @@ BETWEEN = (
     "cp.async.bulk.prefetch.L2.global [%x], 128;",
     "bar.sync 0; discard.global.L2 [%x], 128;",
 )
+RESTRICTED = (
+    "fence.acquire.gpu;",
+    "fence.release.sync_restrict::shared::cta.cluster;",
+    "fence.acquire.sync_restrict::shared::cluster.cluster;",
+)
 POLICY = """
     createpolicy.fractional.L2::evict_last.b64 %x, 1.0;
     ld.global.L2::cache_hint.b32 %v0, [%g], %x;
@@ -53,6 +58,10 @@ def passed():
     for line in BETWEEN:
         through = f"    ld.param.u64 %x, [p_0];\n    {line}"
         yield replace(form(f"passing {line}", through=through, oracle=unchanged), **new)
+    later = {**new, "group": "order_86", "version": "8.6"}
+    for line in RESTRICTED:
+        through = f"    {line}"
+        yield replace(form(f"passing {line}", through=through, oracle=unchanged), **later)
     yield replace(form("cache policy", through=POLICY, oracle=unchanged), **new)
     yield replace(form("exit of some threads", through=EXIT, oracle=first_forty), **new)
     ldu = move("ldu.global.b32", "ldu.global.b32", "st.global.b32", 1, "b32", oracle=unchanged)
