@@ -25,8 +25,6 @@ from mirage_hello.reference.elementwise import Coefficient, ddim_coefficients, e
 
 SUFFIX = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 CUDA_TYPE = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
-# Threads of a block and 16-byte vectors of a thread: bench/sweeps/elementwise.py measures others.
-THREADS, VECS = 256, 1
 MAX_GRID_Y = 65535
 OTHER_BACKENDS = {"triton": ("cuda",), "cupy": ("cuda",), "numba": ("cpu", "cuda")}
 
@@ -106,26 +104,41 @@ def memory_order(x: TensorSpec) -> tuple[int, ...]:
 # torch, PTX and CUDA C++; the last two share a grid
 
 
+def cut(x: Tensor) -> tuple[int, int]:
+    """Threads of a block, 16-byte vectors of a thread: the best of bench/sweeps/elementwise.py.
+
+    Short blocks of little code win at 1 MiB and less and at 64 MiB and more (H200: 2.8 us at 1 MiB
+    where 256 x 4 takes 3.4). In between, where x and the result stay in the L2, blocks are too
+    many for their starts to hide: 16 MiB in 9.1 us with 256 x 4, 9.7 with 128 x 1.
+    """
+    return (256, 4) if 2**23 <= x.nbytes <= 2**25 else (128, 1)
+
+
+# A source for threads of a block and vectors of a thread.
+Source = Callable[[torch.dtype, int, int], loader.Program]
+
+
 def silu_torch(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(x)
 
 
 def silu_with(
-    program: Callable[[torch.dtype], loader.Program], threads: int = THREADS, vecs: int = VECS
+    program: Source, cut: Callable[[Tensor], tuple[int, int]] = cut
 ) -> Callable[[Tensor], Tensor]:
     def silu(x: Tensor) -> Tensor:
         out = torch.empty_like(x)
         if x.numel():
             entry, n = f"silu_{SUFFIX[x.dtype]}", x.numel()
+            threads, vecs = cut(x)
             grid = (blocks(n, x, threads * vecs), 1, 1)
-            program(x.dtype).launch(entry, grid, (threads, 1, 1), (x, out, n))
+            program(x.dtype, threads, vecs).launch(entry, grid, (threads, 1, 1), (x, out, n))
         return out
 
     return silu
 
 
 def axpby_with(
-    program: Callable[[torch.dtype], loader.Program], threads: int = THREADS, vecs: int = VECS
+    program: Source, cut: Callable[[Tensor], tuple[int, int]] = cut
 ) -> Callable[..., Tensor]:
     def axpby(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
         out = torch.empty_like(x)
@@ -135,9 +148,11 @@ def axpby_with(
         a, b = (0.0 if isinstance(c, Tensor) else float(c) for c in (a, b))
         samples = 1 if a_each is None and b_each is None else x.shape[0]
         n = x.numel() // samples
+        threads, vecs = cut(x)
         grid = (blocks(n, x, threads * vecs), min(samples, MAX_GRID_Y), 1)
         args = (x, y, out, a_each, b_each, n, samples, a, b)
-        program(x.dtype).launch(f"axpby_{SUFFIX[x.dtype]}", grid, (threads, 1, 1), args)
+        entry = f"axpby_{SUFFIX[x.dtype]}"
+        program(x.dtype, threads, vecs).launch(entry, grid, (threads, 1, 1), args)
         return out
 
     return axpby
@@ -148,13 +163,16 @@ def blocks(n: int, x: Tensor, block_vectors: int) -> int:
     return -(-n * x.element_size() // (block_vectors * 16))
 
 
-def ptx_program(name: str) -> Callable[[torch.dtype], loader.Program]:
-    return lambda dtype: loader.program(name, dtype=SUFFIX[dtype], THREADS=THREADS, VECS=VECS)
+def ptx_program(name: str) -> Source:
+    def program(dtype: torch.dtype, threads: int, vecs: int) -> loader.Program:
+        return loader.program(name, dtype=SUFFIX[dtype], THREADS=threads, VECS=vecs)
+
+    return program
 
 
-def cuda_program(dtype: torch.dtype) -> loader.Program:
+def cuda_program(dtype: torch.dtype, threads: int, vecs: int) -> loader.Program:
     defines = {"ELEMENT": CUDA_TYPE[dtype], "SUFFIX": SUFFIX[dtype]}
-    sizes = {"THREADS": str(THREADS), "VECS": str(VECS)}
+    sizes = {"THREADS": str(threads), "VECS": str(vecs)}
     return loader.cuda_program("elementwise", defines=defines | sizes)
 
 

@@ -82,7 +82,7 @@ def test_ptx_variants_of_the_sweep_do_not_spill(name, threads, vecs):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda_source_compiles(dtype, arch):
-    assert elementwise.cuda_program(dtype).compile(arch)
+    assert elementwise.cuda_program(dtype, 128, 1).compile(arch)
 
 
 # Parity

@@ -3,7 +3,7 @@
     python bench/sweeps/elementwise.py [CASE-SUBSTRING]      writes $OUT/sweep-elementwise.json
 
 A case is an op, a dtype and a size of each tensor. Each runs in a process of its own with a time
-limit. Compare with kernels/elementwise.py: THREADS, VECS.
+limit. Compare with kernels/elementwise.py: cut.
 """
 
 import itertools
@@ -61,7 +61,7 @@ def program(op: str, dtype: torch.dtype, variant: tuple[int, int, str, str]) -> 
 
 def kernel(op: str, variant: tuple[int, int, str, str]) -> Callable[..., Tensor]:
     make = silu_with if op == "silu" else axpby_with
-    return make(lambda dtype: program(op, dtype, variant), *variant[:2])
+    return make(lambda dtype, threads, vecs: program(op, dtype, variant), lambda x: variant[:2])
 
 
 def run_case(name: str) -> dict:
