@@ -1,7 +1,9 @@
 """layer_norm: (x - mean) / sqrt(var + eps) * weight + bias over the last dimension.
 
-Algorithm: one program holds ROWS whole rows in registers, so that x is read once; the variance is
-    the mean of (x - mean)^2, which has no cancellation however large the mean.
+Algorithm: one program holds ROWS whole rows in registers, so that x is read once. All is measured
+    from the row's first element, whose difference from its neighbours is exact or nearly so: a
+    constant row has mean 0 and variance 0, whatever the constant. The variance is the mean of
+    (x - mean)^2, which has no cancellation.
 Bound by: memory, one read and one write of x.
 Source: Ba, Kiros and Hinton, Layer Normalization (2016).
 """
@@ -30,7 +32,9 @@ def layer_norm_kernel(
     # Load
     rows = rows.to(tl.int64)[:, None]
     value = tl.load(x + rows * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    first = tl.load(x + rows * x_stride, mask=rows < M, other=0.0).to(tl.float32)
     # Reduce
+    value = tl.where(inside[None, :], value - first, 0.0)
     mean = tl.sum(value, 1) / K
     centred = tl.where(inside[None, :], value - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / K
