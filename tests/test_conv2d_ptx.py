@@ -49,7 +49,19 @@ def in_parity(args, tile=None, **options):
     return parity.judge(out, reference.conv2d(**values), reference.conv2d(**doubled))
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
+# (batch, channels, outputs, image) of Stable Diffusion: what is chosen for them must not spill.
+LAYERS = [
+    (1, 320, 320, 64), (8, 320, 320, 64), (1, 960, 320, 64), (1, 640, 640, 32), (1, 1920, 640, 32),
+    (1, 1280, 1280, 16), (1, 2560, 1280, 16), (1, 1280, 1280, 8), (1, 128, 128, 512),
+    (1, 512, 512, 128),
+]  # fmt: skip
+CHOSEN = {
+    conv2d_sm90a.choose_tile(b, n, n, o, 9 * -(-c // 64), 3, 3, 1).fitted(9 * -(-c // 64), 3, 3)
+    for b, c, o, n in LAYERS
+}
+
+
+@pytest.mark.parametrize("tile", [*TILES, *sorted(CHOSEN, key=str)], ids=str)
 def test_assembles_without_spills_or_serialised_products(tile):
     fitted = tile.fitted(4, 3, 3)
     assert fitted.layout(3, 3)[1] <= SMEM_BYTES[tile.blocks_per_sm]
