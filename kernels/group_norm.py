@@ -80,7 +80,10 @@ def supports(call: Call) -> str | None:
         return f"takes at most {MAX_PIXELS} pixels an image (got {pixels})"
     aligned = all(t.aligned16 for t in call.tensors.values())
     access_bytes = 16 if aligned else x.dtype.itemsize
-    if plan(shape_of(x, call.args["groups"], access_bytes, clusters=False)) is None:
+    if (
+        plan(shape_of(x, call.args["groups"], access_bytes, clusters=False), in_shared=False)
+        is None
+    ):
         width = x.shape[1] // call.args["groups"]
         return f"takes groups of at most 1024 vectors of channels (got {width} channels a group)"
     return None
@@ -122,7 +125,7 @@ def planned(op: str, program_of: Callable[..., loader.Program]) -> Callable[...,
             return out
         clusters, sms = device_limits(x.get_device())
         shape = shape_of(x, groups, access_bytes_of(x, out, weight, bias), clusters, sms)
-        chosen = plan(shape)
+        chosen = plan(shape, in_shared=program_of is ptx_program)
         assert chosen is not None, "supports() refuses shapes without a plan"
         launch(program_of, op, shape, chosen, (x, weight, bias, out), eps)
         return out

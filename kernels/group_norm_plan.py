@@ -107,9 +107,13 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(shape: Shape) -> Plan | None:
-    """The plan with the least estimated time, or None where no kernel can take the shape."""
-    return min(plans(shape), key=lambda p: p.estimate_us, default=None)
+def plan(shape: Shape, in_shared: bool = True) -> Plan | None:
+    """The plan with the least estimated time, or None where no kernel can take the shape.
+
+    in_shared: whether the kernels have the form that keeps x in shared memory (CUDA C++'s have not).
+    """
+    able = (p for p in plans(shape) if in_shared or p.staging == "registers")
+    return min(able, key=lambda p: p.estimate_us, default=None)
 
 
 def plans(shape: Shape) -> Iterator[Plan]:
