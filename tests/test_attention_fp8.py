@@ -1,0 +1,93 @@
+"""attention on e4m3 tensors: the kernel in the emulator and on a GPU, its checks."""
+
+import pytest
+import torch
+
+from mirage_hello.kernels.attention_fp8 import attention_fp8, quantize, reference, smem_bytes
+from mirage_hello.ptx import assembler
+
+# Probabilities have 3 mantissa bits: a relative error of up to 2^-4 each, 2^-4 / sqrt(3) = 3.6 % in
+# the root mean square of one; less in their weighted sum.
+ALLOWED = 0.04
+
+
+def inputs(batch, queries, keys, heads, head_dim, device="cpu"):
+    lengths = (queries, keys, keys)
+    parts = [quantize(torch.randn(batch, n, heads, head_dim, device=device)) for n in lengths]
+    return [t for t, _ in parts] + [s for _, s in parts]
+
+
+def assert_right(out, args, scale=None):
+    truth = reference(*args, scale)
+    assert torch.isfinite(out).all()
+    assert (out.double() - truth).norm() < ALLOWED * truth.norm()
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "head_dim"),
+    [(64, 128, 1, 64), (130, 300, 2, 128), (20, 77, 1, 80), (1, 1, 1, 16)],
+)
+def test_in_the_emulator(queries, keys, heads, head_dim):
+    args = inputs(1, queries, keys, heads, head_dim)
+    assert_right(attention_fp8(*args), args)
+
+
+def test_scales_of_heads_and_scores():
+    args = inputs(2, 30, 150, 2, 64)
+    args[3:] = [s * torch.tensor([0.5, 20.0]) for s in args[3:]]
+    assert_right(attention_fp8(*args, 0.02), args, 0.02)
+
+
+def test_slices_of_a_fused_projection():
+    qkv, scale = quantize(torch.randn(1, 140, 3 * 2, 64))
+    q, k, v = qkv.view(1, 140, 3, 2, 64).unbind(2)
+    args = [q, k, v, *(s.contiguous() for s in scale.view(3, 2))]
+    assert_right(attention_fp8(*args), args)
+
+
+def test_no_keys_give_zeros():
+    args = inputs(1, 3, 1, 1, 64)
+    args[1], args[2] = args[1][:, :0], args[2][:, :0]
+    assert torch.equal(attention_fp8(*args), torch.zeros(1, 3, 1, 64, dtype=torch.bfloat16))
+
+
+def test_quantize_keeps_zeros_and_the_largest():
+    x = torch.zeros(1, 2, 2, 16)
+    x[0, 0, 1, 3] = -7.0
+    t, scale = quantize(x)
+    assert torch.equal(t.float() * scale[:, None], x)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+def test_assembles_without_spills(head_dim):
+    text = assembler.render("attention_fp8.sm90a", HEAD_DIM=head_dim, WARPGROUPS=2, STAGES=3)
+    assert f"shared {smem_bytes(head_dim)} B" in text
+    _, said = assembler.ptxas(text, "sm_90a", ("-v",))
+    assert " 0 bytes spill stores" in said
+    assert "C75" not in said, said
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({0: lambda t: t.float()}, TypeError, "q must be torch.float8_e4m3fn"),
+        ({1: lambda t: t[:, :, :, :48]}, ValueError, r"k and v must be \[1, M, 1, 64\]"),
+        ({3: lambda s: s.double()}, ValueError, r"q_scale must be contiguous float32 \[1\]"),
+    ],
+)
+def test_bad_input(change, error, text):
+    args = inputs(1, 4, 5, 1, 64)
+    for i, f in change.items():
+        args[i] = f(args[i])
+    with pytest.raises(error, match=text):
+        attention_fp8(*args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("queries", "keys"), [(1, 7), (129, 1000), (1000, 4096)])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_on_a_gpu(queries, keys, head_dim):
+    args = inputs(2, queries, keys, 3, head_dim, "cuda")
+    out = attention_fp8(*args)
+    assert_right(out, args)
+    assert torch.equal(out, attention_fp8(*args))
