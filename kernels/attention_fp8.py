@@ -39,11 +39,11 @@ def reference(
     scale: float | None = None,
 ) -> Tensor:
     """The same in float64 on the dequantised tensors."""
-    wide = [
-        t.float().double() * s.double()[:, None]
-        for t, s in ((q, q_scale), (k, k_scale), (v, v_scale))
-    ]
-    return attention(*wide, scale)
+
+    def wide(t: Tensor, s: Tensor) -> Tensor:
+        return t.double() * s.double()[:, None]
+
+    return attention(wide(q, q_scale), wide(k, k_scale), wide(v, v_scale), scale)
 
 
 def attention_fp8(
