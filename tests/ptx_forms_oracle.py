@@ -7,6 +7,7 @@ import math
 from fractions import Fraction
 
 import numpy as np
+import torch
 from exact_rounding import round_to
 
 NAN = {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF, "f64": 0x7FFFFFFFFFFFFFFF}
@@ -178,5 +179,28 @@ def mma_tile(kinds):
                     total = math.copysign(math.inf, total)
                 out[r, lane] = np.float32(float(total)).view(np.uint32)
         return [out]
+
+    return oracle
+
+
+def wgmma_tile(n, b_offset):
+    """Oracle of one wgmma.m64nNk32 on e4m3 with 128-byte swizzle, both operands K-major.
+
+    For small multiples of 1/4, whose sums are exact in the fp8 accumulator too.
+    """
+
+    def operand(image, rows):
+        row, k = np.arange(rows)[:, None], np.arange(32)
+        raw = image[row * 128 + (k ^ (row % 8) << 4)]
+        return torch.from_numpy(raw.copy()).view(torch.float8_e4m3fn).double().numpy()
+
+    def oracle(image, _, d):
+        image = image.reshape(-1).view(np.uint8)
+        product = operand(image, 64) @ operand(image[b_offset:], n).T
+        register, thread = np.arange(n // 2)[:, None], np.arange(128)
+        row = thread // 32 * 16 + thread % 32 // 4 + register // 2 % 2 * 8
+        column = register // 4 * 8 + thread % 4 * 2 + register % 2
+        total = d.view(np.float32) + product[row, column]
+        return [total.astype(np.float32).view(np.uint32)]
 
     return oracle

@@ -1,5 +1,7 @@
 """Tensor-map instruction forms: tiled and im2col loads, stores, reductions, every swizzle."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from ptx_forms import Form, Map, seed_of
@@ -129,9 +131,9 @@ def tiled_forms(cases, label, group):
         # Rows narrower than the swizzle take its whole span.
         image_bytes = -(-rows * max(inner, swizzle) // 512) * 512 + 512
         made = Map(0, shape, dtype, box, swizzle, steps)
-        kind = str(dtype).split(".")[1]
+        title = str(dtype).split(".")[1]
         for at in places:
-            name = f"{len(shape)}d {kind} {label} {case} swizzle {swizzle} at {at}"
+            name = f"{len(shape)}d {title} {label} {case} swizzle {swizzle} at {at}"
             args = (image_bytes, shape, made)
             yield load_form(f"tensor load {name}", at, inner * rows, *args, f"{group}_load")
             if min(at) >= 0:
@@ -182,6 +184,51 @@ def im2col_forms():
                     yield load_form(f"im2col case {case} {where}", *args)
 
 
+def im2col_probes():
+    """First channels that are no multiple of 16 bytes, and the 32-byte swizzle."""
+    shape, pixels = (2, 9, 12, 64), 24
+    cases = (
+        ("unaligned at 1", 1, 8, 0),
+        ("unaligned at 4", 4, 8, 0),
+        ("unaligned at 60", 60, 8, 0),
+    )
+    for name, first, channels, swizzle in (*cases, ("swizzle 32", 16, 16, 32)):
+        made = Map(0, shape, BF16, (), swizzle, None, ((-1, -1), (-1, -1), channels, pixels))
+        at, nbytes = (first, 4, 3, 0), channels * pixels * 2
+        group = f"im2col_{name.split()[0]}"
+        args = (at, nbytes, 1024, shape, made, group, "im2col", (0, 0))
+        oracle = im2col_walk(at, shape, channels, pixels, 1024, swizzle)
+        yield replace(load_form(f"im2col {name}", *args), oracle=oracle)
+
+
+def im2col_walk(at, shape, channels, pixels, image_bytes, swizzle):
+    """Oracle of a 3x3, padding 1 column from `at` for the first tap.
+
+    A swizzle of 32 bytes exchanges the 16-byte halves of a row where address bit 7 is set.
+    """
+
+    def oracle(data):
+        values = data.reshape(shape)
+        box = np.zeros((pixels, channels), data.dtype)
+        first, w, h, n = at
+        for pixel in range(pixels):
+            for channel in range(channels):
+                place = (n, h, w, first + channel)
+                if all(0 <= p < extent for p, extent in zip(place, shape, strict=True)):
+                    box[pixel, channel] = values[place]
+            w += 1
+            if w == shape[2] - 1:
+                w, h = -1, h + 1
+            if h == shape[1] - 1:
+                h, n = -1, n + 1
+        image = np.full(image_bytes, 0xEE, np.uint8)
+        offset = np.arange(box.nbytes)
+        image[offset ^ (offset >> 3 & (16 if swizzle else 0))] = box.reshape(-1).view(np.uint8)
+        return [image]
+
+    return oracle
+
+
 def forms():
     """Every form of a tensor map."""
     yield from tiled_forms(TILED, "case", "tensor")
@@ -189,3 +236,4 @@ def forms():
     yield from tiled_forms(UNALIGNED, "unaligned", "tensor_unaligned")
     yield from reductions()
     yield from im2col_forms()
+    yield from im2col_probes()

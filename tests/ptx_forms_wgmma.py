@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 from ptx_forms import Form, kernel, parameters, seed_of
+from ptx_forms_oracle import wgmma_tile
 from ptx_forms_pieces import (
     REGISTERS,
     TO_ASYNC_PROXY,
@@ -150,6 +151,8 @@ def types_and_layouts():
         form = partial(wgmma, kinds=BF16, n=n, group="wgmma_n")
         yield form(f"wgmma bf16 n{n} K-major")
         yield form(f"wgmma bf16 n{n} B MN-major", trans=(0, 1), registers=True)
+    fp8 = {"group": "wgmma_n", "oracle": wgmma_tile(128, B_OFFSET)}
+    yield wgmma("wgmma e4m3 n128 K-major", ("f32", "e4m3", "e4m3"), 128, **fp8)
     for span in (0, 32, 64, 128):
         for trans in ((0, 1), (1, 0), (1, 1)):
             for n in (40, 64):
