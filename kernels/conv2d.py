@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_hello import reference
-from mirage_hello.kernels import checks, conv2d_sm90a, product_cuda
+from mirage_hello.kernels import checks, conv2d_sm90a, product_sm80
 from mirage_hello.kernels.kernel import FLOATS, Kernel
 from mirage_hello.kernels.registry import Op, define, register
 from mirage_hello.kernels.triton import refuses_product
@@ -151,7 +151,7 @@ def conv2d_triton(
     return conv2d(x, weight, bias, stride, padding, channel_bias, residual)
 
 
-# CUDA: kernels/product_cuda.py launches kernels/cuda/product.cu
+# sm_80: kernels/product_sm80.py launches kernels/cuda/product.cu and ptx/product.sm80.ptx.j2
 # PTX: kernels/conv2d_sm90a.py launches ptx/conv2d.sm90a.ptx.j2
 
 # Registrations
@@ -188,14 +188,18 @@ register(
         rank=40,  # before torch: 1.5 to 2.8 times cuDNN on every shape of the sweep
     )
 )
-register(
-    Kernel(
-        "conv2d",
-        "cuda",
-        product_cuda.conv2d_cuda,
-        product_cuda.supports_conv2d,
-        source="kernels/cuda/product.cu",
-        arch="sm_80",
-        dtypes=(torch.bfloat16, torch.float16),
+for _backend, _source, _path in (
+    ("cuda", product_sm80.cuda_source, "kernels/cuda/product.cu"),
+    ("ptx", product_sm80.ptx_source, "ptx/product.sm80.ptx.j2"),
+):
+    register(
+        Kernel(
+            "conv2d",
+            _backend,
+            product_sm80.conv2d_with(_source),
+            product_sm80.supports_conv2d,
+            source=_path,
+            arch="sm_80",
+            dtypes=(torch.bfloat16, torch.float16),
+        )
     )
-)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_hello import reference
-from mirage_hello.kernels import checks, linear_sm90a, product_cuda
+from mirage_hello.kernels import checks, linear_sm90a, product_sm80
 from mirage_hello.kernels.call import Call
 from mirage_hello.kernels.kernel import FLOATS, Kernel
 from mirage_hello.kernels.registry import Op, define, register
@@ -131,14 +131,14 @@ def supports_triton(call: Call) -> str | None:
     return refuses_product(call)
 
 
-# CUDA: kernels/product_cuda.py launches kernels/cuda/product.cu
+# sm_80: kernels/product_sm80.py launches kernels/cuda/product.cu and ptx/product.sm80.ptx.j2
 # PTX: kernels/linear_sm90a.py launches ptx/linear.sm90a.ptx.j2
 
 # Registrations
 
-for _op, _torch, _triton, _cuda, _ptx in (
-    ("linear", linear_torch, linear_triton, product_cuda.linear_cuda, linear_sm90a.linear_sm90a),
-    ("geglu", geglu_torch, geglu_triton, product_cuda.geglu_cuda, linear_sm90a.geglu_sm90a),
+for _op, _torch, _triton, _ptx, _with in (
+    ("linear", linear_torch, linear_triton, linear_sm90a.linear_sm90a, product_sm80.linear_with),
+    ("geglu", geglu_torch, geglu_triton, linear_sm90a.geglu_sm90a, product_sm80.geglu_with),
 ):
     register(
         Kernel(
@@ -171,14 +171,18 @@ for _op, _torch, _triton, _cuda, _ptx in (
             dtypes=(torch.bfloat16, torch.float16),
         )
     )
-    register(
-        Kernel(
-            _op,
-            "cuda",
-            _cuda,
-            product_cuda.supports_linear,
-            source="kernels/cuda/product.cu",
-            arch="sm_80",
-            dtypes=(torch.bfloat16, torch.float16),
+    for _backend, _source, _path in (
+        ("cuda", product_sm80.cuda_source, "kernels/cuda/product.cu"),
+        ("ptx", product_sm80.ptx_source, "ptx/product.sm80.ptx.j2"),
+    ):
+        register(
+            Kernel(
+                _op,
+                _backend,
+                _with(_source),
+                product_sm80.supports_linear,
+                source=_path,
+                arch="sm_80",
+                dtypes=(torch.bfloat16, torch.float16),
+            )
         )
-    )
