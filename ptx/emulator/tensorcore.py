@@ -15,9 +15,10 @@ One instruction adds its K products and the accumulator in fixed point:
 
 Integer operands add exactly and wrap (or saturate).  The constants were fitted on 46 random cases
 of one H200 (tests/ptx_forms_matrix.py, ptx_forms_wgmma.py; styles "random" and "wide", chains of 8
-instructions) and 16 whose operands are any bits (style "bits": overflow, infinities, NaN): every
-bit of every result agrees.  Non-finite operands follow IEEE rules, with one NaN: 0x7fffffff in
-f32, 0x7fff in f16.
+instructions).  They hold for 16 cases whose operands are any bits (overflow, infinities, NaN) and 6
+at the ends of f32 (subnormal operands, accumulators and sums; sums around 2**128): every bit of
+every result agrees.  Non-finite operands follow IEEE rules, with one NaN: 0x7fffffff in f32,
+0x7fff in f16.
 """
 
 import numpy as np
