@@ -4,10 +4,10 @@ import pytest
 
 from mirage_hello.kernels.group_norm_plan import Plan, Shape, plans
 
-# (images, channels, edge) -> plan -> us: the first sweep of bench/sweeps/group_norm.py, of the kernels
-# as they were then (channels_last bfloat16 group_norm_silu, 32 groups, CUDA graph, data hot). It
+# (images, channels, edge) -> plan -> us: the first sweep of bench/sweeps/group_norm.py, of the
+# kernels as they were then (channels_last bfloat16 group_norm_silu, 32 groups, CUDA graph, hot). It
 # captured each launch with an edge from every launch before it: about 0.8 us each, taken off here.
-# One pass: cluster, groups of a slab, columns x lanes, vectors x elements; two passes: slices first.
+# One pass: cluster, groups of a slab, columns x lanes, vectors x elements. Two: slices first.
 MEASURED_US = {
     (1, 320, 64): {
         "8, 4, 5x64, 8x8": 5.49,
