@@ -19,7 +19,6 @@ class Tile:
 
     poly: how many of every 8 exponentials run as polynomials on the FMA units.
     lazy: the first block's row maxima serve all blocks; see the header of the source.
-    early: the turn passes before this many products of p v are issued.
     """
 
     warpgroups: int
@@ -28,7 +27,6 @@ class Tile:
     ping_pong: bool
     poly: int
     lazy: bool = False
-    early: int = 0
 
     def lazily(self, poly: int = 0) -> "Tile":
         return replace(self, poly=poly, lazy=True)
@@ -48,7 +46,6 @@ class Tile:
             PING_PONG=self.ping_pong,
             POLY=self.poly,
             LAZY=self.lazy,
-            EARLY=self.early,
             dtype=dtype,
         )
 

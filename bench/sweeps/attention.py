@@ -54,11 +54,6 @@ def tiles(n: int, m: int, d: int) -> list[Tile]:
         base += [Tile(1, 128, 3, False, 0, True)] * (d <= 80)
     if m > 128 and d <= 80:
         base += [replace(t, poly=p) for t in base for p in (1, 2)]
-    if m > 128 and d <= 64:
-        base += [replace(t, early=e) for t in base if t.ping_pong and not t.poly for e in (1, 3)]
-        base += [replace(t, stages=4) for t in base if t.warpgroups == 4 and t.ping_pong]
-    if d > 64 and n == 1024:
-        base += [Tile(1, 96, 4, False, 0, True)]
     return [t for t in base if t.smem_bytes(d) <= SMEM]
 
 
