@@ -25,7 +25,7 @@ setup(
     package_data={
         package("ptx"): ["*.ptx", "*.j2"],
         package("ptx/emulator"): ["*.lark"],
-        package("kernels"): ["measured/*.json"],
+        package("kernels"): ["choices/*.json"],
         package("kernels/cuda"): ["*.cu", "*.cuh"],
         package("model"): ["weights/*.safetensors", "weights/*.json", "weights/*.md"],
         package("tools"): ["*.html", "*.css", "*.js"],

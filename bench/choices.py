@@ -10,7 +10,7 @@ from mirage_hello.kernels import measured
 
 from . import run_file
 
-FOLDER = Path(measured.__file__).parent / "measured"
+FOLDER = Path(measured.__file__).parent / "choices"
 # In a model the weights come from device memory, so that timing speaks where it was taken.
 PREFERRED = ("cold-weights", "hot", "cold")
 

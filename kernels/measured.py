@@ -1,6 +1,6 @@
 """Measured times per GPU, op and shape, which `auto` chooses by.
 
-`measured/<gpu>.json`: {"gpu": name, "commit": sha, "ops": {op: {call label: {backend: time_us}}}},
+`choices/<gpu>.json`: {"gpu": name, "commit": sha, "ops": {op: {call label: {backend: time_us}}}},
 written by `mirage bench --save-choices` from a run on that GPU.
 """
 
@@ -37,7 +37,7 @@ def file_name(gpu: str) -> str:
 @functools.cache
 def table_for(gpu: str) -> dict[str, dict[str, dict[str, float]]]:
     """op -> call label -> backend -> us, from the file shipped for this GPU, or {}."""
-    path = resources.files("mirage_hello.kernels") / "measured" / file_name(gpu)
+    path = resources.files("mirage_hello.kernels") / "choices" / file_name(gpu)
     return json.loads(path.read_text())["ops"] if path.is_file() else {}
 
 
