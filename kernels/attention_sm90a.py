@@ -1,6 +1,6 @@
 """attention on Hopper: the launch of ptx/attention.sm90a.ptx.j2 and the choice of its tile."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +10,6 @@ from mirage_hello.kernels.call import Call
 from mirage_hello.ptx import loader
 
 SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16"}
-MULTIPROCESSORS = 132  # H200
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,6 @@ class Tile:
     ping_pong: bool
     poly: int
     lazy: bool = False
-
-    def lazily(self, poly: int = 0) -> "Tile":
-        return replace(self, poly=poly, lazy=True)
 
     def smem_bytes(self, head_dim: int) -> int:
         """Q rows and 2 x stages key blocks of 128-byte rows, one row per 64 columns; barriers."""
@@ -87,7 +83,7 @@ def choose_tile(heads: int, n: int, m: int, d: int, dtype: torch.dtype) -> Tile:
     """The tile for `heads` (batch x heads) times n queries and m keys; see docs/attention.md.
 
     Small heads want many consumer warps, which hide the latency of the exponential unit; few
-    tiles want 64-row tiles, which fill the multiprocessors.
+    tiles want 64-row tiles, which fill the H200's 132 multiprocessors.
     """
 
     def tiles(groups: int) -> int:
