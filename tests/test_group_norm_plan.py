@@ -2,7 +2,7 @@
 
 import pytest
 
-from mirage_hello.kernels.group_norm_plan import Plan, Shape, plans
+from mirage_hello.kernels.group_norm_plan import Plan, Shape, plan, plans
 
 # (images, channels, edge) -> plan -> us: the first sweep of bench/sweeps/group_norm.py, of the
 # kernels as they were then (channels_last bfloat16 group_norm_silu, 32 groups, CUDA graph, hot). It
@@ -161,3 +161,26 @@ def test_of_the_measured_plans_the_model_takes_one_of_the_best(case):
     chosen = min(known, key=lambda p: p.estimate_us)
     assert len(known) >= min(8, len(times_us)), "the plans have changed: measure again"
     assert times_us[label(chosen)] <= 1.03 * min(times_us.values()), chosen
+
+
+# bench/results/nvidia-h200/2026-11-22-2eac55ee13d3-memory.json: the plans it ran, and their us.
+# Another choice has to be timed first.
+TIMED = {
+    (1, 320, 64): ("8, 4, 5x64, 8x8", "registers", 4.33),
+    (1, 960, 64): ("6, 2, 15x64, 12x4", "shared", 9.28),
+    (1, 640, 32): ("8, 4, 10x32, 4x8", "registers", 2.78),
+    (1, 1920, 32): ("6, 2, 15x32, 6x8", "registers", 4.58),
+    (1, 1280, 16): ("6, 2, 10x16, 3x8", "registers", 2.34),
+    (1, 2560, 16): ("3, 1, 10x32, 3x8", "registers", 2.67),
+    (1, 1280, 8): ("1, 1, 5x32, 2x8", "registers", 1.77),
+    (1, 512, 128): ("6, 2, 4x256, 12x8", "shared", 12.46),
+    (1, 128, 512): ("132 slices, 16x32, 4x8", "registers", 58.22),
+    (8, 320, 64): ("6, 8, 10x48, 15x8", "registers", 16.64),
+}
+
+
+@pytest.mark.parametrize("case", TIMED, ids=lambda case: "x".join(map(str, case)))
+def test_the_chosen_plan_is_the_one_that_was_timed(case):
+    images, channels, edge = case
+    chosen = plan(Shape(images, channels, edge * edge, 32, 2, channels_last=True))
+    assert (label(chosen), chosen.staging) == TIMED[case][:2]
