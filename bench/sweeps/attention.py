@@ -5,9 +5,6 @@
 Each case runs in a process of its own with a time limit, so a kernel that hangs costs little.
 """
 
-import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mirage_hello.bench import harness
+from mirage_hello.bench.sweeps import runner
 from mirage_hello.kernels import attention_mma, parity
 from mirage_hello.kernels.attention_sm90a import Tile, attention_sm90a
 from mirage_hello.reference import attention
@@ -124,31 +122,5 @@ def run_case(name: str) -> dict:
     return {"case": name, "time_us": medians, "wrong": rows_out}
 
 
-def main() -> int:
-    out = os.environ.get("OUT", ".")
-    if len(sys.argv) > 2 and sys.argv[1] == "--case":
-        with open(f"{out}/.case.json", "w") as f:
-            json.dump(run_case(sys.argv[2]), f)
-        return 0
-    wanted = sys.argv[1:] or [""]
-    results = []
-    for name in CASES:
-        if not any(w in name for w in wanted):
-            continue
-        command = [sys.executable, __file__, "--case", name]
-        try:
-            code = subprocess.run(command, timeout=LIMIT_S, check=False).returncode
-        except subprocess.TimeoutExpired:
-            code = -1  # timed out
-        if code:
-            print(f"{name}: failed ({code})", flush=True)
-            continue
-        with open(f"{out}/.case.json") as f:
-            results.append(json.load(f))
-        with open(f"{out}/sweep-attention.json", "w") as f:
-            json.dump(results, f, indent=1)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.main(__file__, "attention", CASES, run_case, LIMIT_S))

@@ -57,7 +57,7 @@ def traced(text: str) -> str:
     mul.lo.u32 %t1, %t1, %blocks;
     mul.wide.u32 %tr_at, %t1, 32;
     add.u64 %p_tr, %p_tr, %tr_at;"""
-    groups = re.search(r"(\d) consumer warpgroups own", text)[1]
+    (groups,) = re.findall(r"(\d) consumer warpgroups own", text)
     line = "ld.param.f32 %c, [p_scale_log2];"
     text = text.replace(line, line + start.replace("WARPGROUPS", groups), 1)
     text = after(r"\nLAZY_LOOP:", 0, text)
@@ -82,7 +82,7 @@ def traced(text: str) -> str:
 def run(shape: tuple, tile: Tile) -> dict:
     b, h, n, m, d = shape
     q, k, v, out = (torch.randn(b, x, h, d, device="cuda").bfloat16() for x in (n, m, m, n))
-    program = loader.Program("attention.trace", traced(tile.program(d, "bf16").text))
+    program = loader.Program("attention.trace", traced(tile.program(d, "bf16").ptx("sm_90a")))
     block_m, blocks = 64 * tile.warpgroups, -(-m // tile.block_n)
     grid = (-(-n // block_m), h, b)
     trace = torch.zeros(grid[0] * h, tile.warpgroups, blocks, 8, dtype=torch.int32, device="cuda")
@@ -101,12 +101,12 @@ def run(shape: tuple, tile: Tile) -> dict:
     marks = torch.cat([t[..., :6], follow[..., :1]], -1)
     steps = (marks[..., 1:] - marks[..., :-1]).double().reshape(-1, 6).remainder(2**32)
     mean = steps.mean(0).tolist()
-    result = {"shape": shape, "tile": str(tile), "cycles": dict(zip(POINTS, mean, strict=True))}
-    result["total"] = sum(mean)
+    cycles = dict(zip(POINTS, mean, strict=True))
+    result = {"shape": shape, "tile": str(tile), "cycles": cycles, "total": sum(mean)}
     first = t[0, :, :6, :6] - t[0, :, :1, :1].min()
     result["first_block"] = first.tolist()
     print(shape, tile, "total", round(sum(mean)), flush=True)
-    print("   ", {p: round(x) for p, x in result["cycles"].items()}, flush=True)
+    print("   ", {p: round(x) for p, x in cycles.items()}, flush=True)
     return result
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from mirage_hello.bench.sweeps import product
+from mirage_hello.bench.sweeps import product, runner
 from mirage_hello.kernels import conv2d_sm90a as conv
 from mirage_hello.kernels import parity
 from mirage_hello.kernels.product_sm90a import RESIDENT, Tile
@@ -106,8 +106,9 @@ def odd_shapes() -> dict:
         bias, shift = image(1, o, 1, 1).flatten(), image(b, o, 1, 1).flatten(1)
         residual = image(b, o, (h + 2 * pad - r) // stride + 1, (w + 2 * pad - r) // stride + 1)
         args = (x, weight, bias, stride, pad, shift, residual)
-        tensors = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
-        truth, plain = reference(*tensors), reference(*args)
+        plain = reference(*args)
+        x64, weight64, bias64 = x.double(), weight.double(), bias.double()
+        truth = reference(x64, weight64, bias64, stride, pad, shift.double(), residual.double())
         fits = conv.candidates(r * r * -(-c // 64), r, r, stride)
         for tile in (None, draw.choice(fits)):
             result = parity.judge(conv.conv2d_sm90a(*args, tile=tile), plain, truth)
@@ -151,4 +152,4 @@ def clusters() -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(product.main(__file__, "conv2d", ["odd shapes", *CASES, "clusters"], run_case))
+    sys.exit(runner.main(__file__, "conv2d", ["odd shapes", *CASES, "clusters"], run_case))

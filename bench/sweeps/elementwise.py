@@ -7,9 +7,6 @@ limit. Compare with kernels/elementwise.py: cut.
 """
 
 import itertools
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mirage_hello.bench import harness
+from mirage_hello.bench.sweeps import runner
 from mirage_hello.kernels import ops, parity
 from mirage_hello.kernels.elementwise import SUFFIX, axpby_with, silu_with
 from mirage_hello.ptx import loader
@@ -104,31 +102,5 @@ def run_case(name: str) -> dict:
     return {"case": name, "bytes_moved": moved, "time_us": medians, "wrong": wrong}
 
 
-def main() -> int:
-    out = os.environ.get("OUT", ".")
-    if len(sys.argv) > 2 and sys.argv[1] == "--case":
-        with open(f"{out}/.case.json", "w") as f:
-            json.dump(run_case(sys.argv[2]), f)
-        return 0
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    results = []
-    for name in case_names():
-        if wanted not in name:
-            continue
-        command = [sys.executable, __file__, "--case", name]
-        try:
-            code = str(subprocess.run(command, timeout=LIMIT_S, check=False).returncode)
-        except subprocess.TimeoutExpired:
-            code = "timed out"
-        if code != "0":
-            print(f"{name}: failed ({code})", flush=True)
-            continue
-        with open(f"{out}/.case.json") as f:
-            results.append(json.load(f))
-        with open(f"{out}/sweep-elementwise.json", "w") as f:
-            json.dump(results, f, indent=1)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.main(__file__, "elementwise", case_names(), run_case, LIMIT_S))

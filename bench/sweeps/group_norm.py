@@ -8,15 +8,13 @@ A case is a shape of a Stable Diffusion U-Net or autoencoder and a layout. Of th
 process of its own.
 """
 
-import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from mirage_hello.bench import harness
+from mirage_hello.bench.sweeps import runner
 from mirage_hello.kernels import group_norm as page
 from mirage_hello.kernels import ops, parity
 from mirage_hello.kernels.group_norm_plan import Plan, Shape, plan, plans
@@ -140,31 +138,5 @@ def contender(shape: Shape, p: Plan, x, weight, bias, **others: str | int):
     return call
 
 
-def main() -> int:
-    out = os.environ.get("OUT", ".")
-    if len(sys.argv) > 2 and sys.argv[1] == "--case":
-        with open(f"{out}/.case.json", "w") as f:
-            json.dump(run_case(sys.argv[2]), f)
-        return 0
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    results = []
-    for name in CASES:
-        if wanted not in name:
-            continue
-        command = [sys.executable, __file__, "--case", name]
-        try:
-            code = str(subprocess.run(command, timeout=LIMIT_S, check=False).returncode)
-        except subprocess.TimeoutExpired:
-            code = "timed out"
-        if code != "0":
-            print(f"{name}: failed ({code})", flush=True)
-            continue
-        with open(f"{out}/.case.json") as f:
-            results.append(json.load(f))
-        with open(f"{out}/sweep-group-norm.json", "w") as f:
-            json.dump(results, f, indent=1)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.main(__file__, "group-norm", CASES, run_case, LIMIT_S))

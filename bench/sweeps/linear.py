@@ -5,12 +5,13 @@ python bench/sweeps/linear.py [CASE-SUBSTRING]      writes $OUT/sweep-linear.jso
 
 import random
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from mirage_hello import reference
-from mirage_hello.bench.sweeps import product
+from mirage_hello.bench.sweeps import product, runner
 from mirage_hello.kernels import linear_sm90a as gemm
 from mirage_hello.kernels import parity
 from mirage_hello.kernels.product_sm90a import Tile
@@ -89,10 +90,11 @@ def odd_shapes() -> dict:
         op = dice.choice(["linear", "geglu"])
         m, k, n = dice.randint(1, 700), 8 * dice.randint(1, 90), 8 * dice.randint(1, 90)
         weight = draw(2 * n if op == "geglu" else n, k, scale=k**-0.5)
-        args = (draw(m, k), weight, draw(weight.shape[0]))
+        args: tuple[torch.Tensor, ...] = (draw(m, k), weight, draw(weight.shape[0]))
         args += (draw(m, n),) if op == "linear" else ()
         truth = getattr(reference, op)(*(t.double() for t in args))
         plain = getattr(reference, op)(*args)
+        run: Callable[..., torch.Tensor]
         run = gemm.geglu_sm90a if op == "geglu" else gemm.linear_sm90a
         fits = gemm.candidates(-(-k // 64), op == "geglu")
         for tile in (None, dice.choice(fits)):
@@ -106,4 +108,4 @@ def odd_shapes() -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(product.main(__file__, "linear", ["odd shapes", *CASES], run_case))
+    sys.exit(runner.main(__file__, "linear", ["odd shapes", *CASES], run_case))

@@ -5,10 +5,6 @@ is right. Each case runs in a process of its own with a time limit, so a kernel 
 little.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,32 +76,3 @@ def label(tile: Tile) -> str:
     patch = " patch" if tile.patch else ""
     twice += " persistent" if tile.persistent else ""
     return f"{tile.block_m}x{tile.block_n} split{tile.split}{patch}{twice}{stages}"
-
-
-def main(
-    file: str, stem: str, names: list[str], run_case: Callable[[str], dict], limit_s: int = 40
-) -> int:
-    """`FILE [SUBSTRING]` runs every case whose name holds it; writes $OUT/sweep-<stem>.json."""
-    out = os.environ.get("OUT", ".")
-    if len(sys.argv) > 2 and sys.argv[1] == "--case":
-        with open(f"{out}/.case.json", "w") as f:
-            json.dump(run_case(sys.argv[2]), f)
-        return 0
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    results = []
-    for name in names:
-        if wanted not in name:
-            continue
-        try:
-            command = [sys.executable, file, "--case", name]
-            code: int | str = subprocess.run(command, timeout=limit_s, check=False).returncode
-        except subprocess.TimeoutExpired:
-            code = "timed out"
-        if code:
-            print(f"{name}: failed ({code})", flush=True)
-            continue
-        with open(f"{out}/.case.json") as f:
-            results.append(json.load(f))
-        with open(f"{out}/sweep-{stem}.json", "w") as f:
-            json.dump(results, f, indent=1)
-    return 0
