@@ -94,11 +94,11 @@ def odd_shapes() -> dict:
         args += (draw(m, n),) if op == "linear" else ()
         truth = getattr(reference, op)(*(t.double() for t in args))
         plain = getattr(reference, op)(*args)
-        run: Callable[..., torch.Tensor]
-        run = gemm.geglu_sm90a if op == "geglu" else gemm.linear_sm90a
+        kernels: dict[str, Callable[..., torch.Tensor]]
+        kernels = {"geglu": gemm.geglu_sm90a, "linear": gemm.linear_sm90a}
         fits = gemm.candidates(-(-k // 64), op == "geglu")
         for tile in (None, dice.choice(fits)):
-            result = parity.judge(run(*args, tile=tile), plain, truth)
+            result = parity.judge(kernels[op](*args, tile=tile), plain, truth)
             count += 1
             if not result.passed:
                 wrong.append(f"{op} {m}x{k}x{n}, {tile}: {result}")
