@@ -4,7 +4,7 @@
 #   make demo                          the shipped clip through the model, then a report in out/
 #   make demo CLIP=holiday.mov OUT=o   any clip that FFmpeg reads
 #   make test                          the whole test suite; needs no GPU
-#   make test PYTEST_FLAGS="-k silu"   a part of it
+#   make test PYTEST_FLAGS="-k silu"   a part of it, in one process
 #
 # TORCH is what pip is told to install as PyTorch. On a Linux machine without an NVIDIA GPU
 # TORCH="torch --index-url ..." with PyTorch's CPU index saves some gigabytes.
@@ -15,7 +15,8 @@ TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 CLIP ?=
 OUT ?= out
-PYTEST_FLAGS ?=
+# One process a core; more than four only cost memory (each imports torch).
+PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4
 IS_NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
