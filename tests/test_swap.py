@@ -1,5 +1,6 @@
 """swap: the registry's kernels in somebody else's model, and out again."""
 
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -69,7 +70,6 @@ def test_swapped_model_trains():
 
 
 def test_diffusers_unet(counter):
-    diffusers = pytest.importorskip("diffusers", reason="peer library, in the test extra")
     model = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=16,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),

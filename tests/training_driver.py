@@ -1,6 +1,7 @@
 """Training runs in processes of their own that a test can kill, starve of disk space, or lose.
 
-They are forked from the test process, so that they start at once, without importing torch again.
+They come from a fork server that has imported torch and done nothing else: forked from the test
+process itself, they would inherit its thread pools without their threads, and hang.
 """
 
 import multiprocessing
@@ -65,7 +66,8 @@ def start(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context, started = multiprocessing.get_context("fork"), Started()
+    context, started = multiprocessing.get_context("forkserver"), Started()
+    context.set_forkserver_preload(["mirage_hello.model.training"])
     out.mkdir(parents=True, exist_ok=True)
     for rank in range(ranks):
         text = out / f"error-{rank}.txt"
@@ -80,6 +82,7 @@ def start(
 
 def child(config, out, options, rank, ranks, port, fault, text) -> None:
     """One rank; ends with code 2 and its sentence in `text` where training cannot go on."""
+    add_minute_model()
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
