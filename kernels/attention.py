@@ -17,7 +17,7 @@ from torch import Tensor
 from mirage_hello import reference
 from mirage_hello.kernels import attention_mma, attention_sm90a, checks
 from mirage_hello.kernels.call import Call
-from mirage_hello.kernels.kernel import FLOATS, Kernel
+from mirage_hello.kernels.kernel import FLOATS, UNTIMED_RANK, Kernel
 from mirage_hello.kernels.registry import Op, define, register
 from mirage_hello.kernels.triton import refuses_product
 
@@ -128,6 +128,7 @@ register(
         source="ptx/attention.sm80.ptx.j2",
         arch="sm_80",
         dtypes=(torch.bfloat16, torch.float16),
+        rank=UNTIMED_RANK,
     )
 )
 register(

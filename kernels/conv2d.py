@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mirage_hello import reference
 from mirage_hello.kernels import checks, conv2d_sm90a, product_sm80
-from mirage_hello.kernels.kernel import FLOATS, Kernel
+from mirage_hello.kernels.kernel import FLOATS, UNTIMED_RANK, Kernel
 from mirage_hello.kernels.registry import Op, define, register
 from mirage_hello.kernels.triton import refuses_product
 
@@ -201,5 +201,6 @@ for _backend, _source, _path in (
             source=_path,
             arch="sm_80",
             dtypes=(torch.bfloat16, torch.float16),
+            rank=UNTIMED_RANK,
         )
     )

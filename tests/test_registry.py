@@ -269,3 +269,11 @@ def test_mixed_devices_are_named():
     meta = torch.empty(4, device="meta")
     with pytest.raises(ValueError, match="one device"):
         ops.residual_add(torch.randn(4), meta)
+
+
+@pytest.mark.parametrize("name", ["attention", "conv2d", "linear", "geglu"])
+def test_products_that_nobody_timed_come_after_torch(name):
+    op = getattr(ops, name)
+    untimed = [k for k in op.kernels if k.arch == "sm_80" and k.backend in ("ptx", "cuda")]
+    assert {k.backend for k in untimed} == {"ptx", "cuda"}
+    assert all(k.order > op.torch_kernel.order for k in untimed)
