@@ -1,4 +1,4 @@
-"""The hand-written attention kernels: resources, instruction order, emulated and on a GPU."""
+"""attention.sm90a: resources, instruction order, emulated and on a GPU."""
 
 import importlib.util
 import re
@@ -7,14 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_calls import BF16, F16, assert_right, draw, steep
 
-from mirage_hello.kernels import attention_mma, parity
-from mirage_hello.kernels.attention import attention_torch
 from mirage_hello.kernels.attention_sm90a import Tile, attention_sm90a, choose_tile
-from mirage_hello.ptx import assembler, emulator
-from mirage_hello.reference import attention
+from mirage_hello.ptx import assembler
 
-BF16, F16 = torch.bfloat16, torch.float16
 # heads, queries, keys, head dimension: the rows of the benchmark, and odd head dimensions
 SHAPES = [
     (8, 4096, 4096, 40),
@@ -27,24 +24,6 @@ SHAPES = [
     (2, 300, 300, 8),
     (2, 300, 300, 256),
 ]
-
-
-def draw(queries, keys, head_dim, dtype=BF16, device="cpu", batch=1, heads=1):
-    q = torch.randn(batch, queries, heads, head_dim, device=device).to(dtype)
-    k, v = (torch.randn(batch, keys, heads, head_dim, device=device).to(dtype) for _ in range(2))
-    return q, k, v
-
-
-def assert_right(out, q, k, v, scale=None):
-    truth = attention(q.double(), k.double(), v.double(), scale)
-    result = parity.judge(out, attention_torch(q, k, v, scale), truth)
-    assert result.passed, result
-
-
-def steep(k, largest):
-    """Keys whose scores fall from the first to the last: a lazy maximum is far too low."""
-    slope = torch.linspace(largest, largest / 10, k.shape[1], device=k.device)
-    return (k.float() * slope[None, :, None, None]).to(k.dtype)
 
 
 # Resources: the Budget lines of the sources, held against ptxas -v
@@ -60,16 +39,6 @@ def test_sm90a_has_no_spills_and_no_serialised_products(heads, queries, keys, he
     _, said = assembler.ptxas(text, "sm_90a", ("-v",))
     assert " 0 bytes spill stores" in said
     assert "C75" not in said, said  # setmaxnreg ignored, products serialised, waits moved
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
-@pytest.mark.parametrize("head_dim", [8, 40, 64, 80, 128, 160, 256])
-def test_sm80_has_no_spills(head_dim, arch):
-    text = assembler.render("attention.sm80", HEAD_DIM=head_dim, dtype="bf16")
-    _, said = assembler.ptxas(text, arch, ("-v",))
-    assert " 0 bytes spill stores" in said, said
-    used = int(re.search(r"Used (\d+) registers", said)[1])
-    assert used <= 255  # two blocks of 128 threads a multiprocessor
 
 
 def test_exponentials_run_under_the_second_product(tmp_path):
@@ -105,55 +74,15 @@ def test_sm90a_in_the_emulator(tile, queries, keys, head_dim):
     assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
 
 
-@pytest.mark.parametrize(
-    ("queries", "keys", "head_dim", "dtype"),
-    [
-        (150, 150, 40, BF16),
-        (20, 77, 80, F16),
-        (7, 70, 160, BF16),
-        (1, 1, 256, F16),
-        (33, 65, 8, BF16),
-    ],
-)
-def test_sm80_in_the_emulator(queries, keys, head_dim, dtype):
-    q, k, v = draw(queries, keys, head_dim, dtype)
-    assert_right(attention_mma.attention_sm80(q, k, v), q, k, v)
-
-
-@pytest.mark.parametrize(
-    ("queries", "keys", "head_dim", "dtype"),
-    [(70, 150, 40, BF16), (20, 77, 80, F16), (3, 40, 160, BF16)],
-)
-def test_cuda_source_in_the_emulator(queries, keys, head_dim, dtype):
-    """What NVRTC makes of kernels/cuda/attention.cu, emulated."""
-    q, k, v = draw(queries, keys, head_dim, dtype)
-    out = torch.empty_like(q)
-    text = attention_mma.cuda_source(head_dim, dtype).ptx("sm_80")
-    block_m, block_n = attention_mma.tile(head_dim)
-    strides = [s for t in (q, k, v) for s in t.stride()[:3]]
-    scale_log2 = attention_mma.positive_scale(q, None)[1]
-    emulator.launch(
-        emulator.parse(text, name="attention.cu"),
-        "attention",
-        (-(-queries // block_m), 1, 1),
-        (128,),
-        [q, k, v, out, *strides, queries, keys, scale_log2],
-        -(-head_dim // 64) * 128 * (block_m + 4 * block_n),
-    )
-    assert_right(out, q, k, v)
-
-
-def both(q, k, v, scale=None):
-    yield attention_sm90a(q, k, v, scale, Tile(1, 64, 2, False, 1, True))
-    yield attention_mma.attention_sm80(q, k, v, scale)
+def run(q, k, v, scale=None):
+    return attention_sm90a(q, k, v, scale, Tile(1, 64, 2, False, 1, True))
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(BF16, 4000.0), (F16, 300.0)])
 def test_scores_beyond_the_lazy_maximum_run_again(dtype, largest):
     q, k, v = draw(20, 200, 64, dtype)
     k = steep(k, largest)
-    for out in both(q, k, v):
-        assert_right(out, q, k, v)
+    assert_right(run(q, k, v), q, k, v)
 
 
 @pytest.mark.parametrize("key", [0, 5, 7, 63])
@@ -165,8 +94,7 @@ def test_one_dominating_key_walked_last(key):
     q, k, v = draw(20, 150, 64)
     q = q.abs()
     k[:, key] = 1e3
-    for out in both(q, k, v):
-        assert_right(out, q, k, v)
+    assert_right(run(q, k, v), q, k, v)
 
 
 @pytest.mark.parametrize("masked", [slice(0, 64), slice(64, 150)])
@@ -174,37 +102,26 @@ def test_masked_keys(masked):
     q, k, v = draw(20, 150, 64)
     q = q.abs()
     k[:, masked] = -float("inf")
-    for out in both(q, k, v):
-        assert_right(out, q, k, v)
+    assert_right(run(q, k, v), q, k, v)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2])
 def test_scales(scale):
     q, k, v = draw(20, 100, 64)
-    for out in both(q, k, v, scale):
-        assert_right(out, q, k, v, scale)
+    assert_right(run(q, k, v, scale), q, k, v, scale)
 
 
 def test_slices_of_a_fused_projection():
     q, k, v = torch.randn(2, 70, 3, 2, 64).to(BF16).unbind(2)
-    for out in both(q, k, v):
-        assert_right(out, q, k, v)
+    assert_right(run(q, k, v), q, k, v)
 
 
 def test_identical_bits_from_run_to_run():
     q, k, v = draw(40, 130, 64)
-    for first, second in zip(both(q, k, v), both(q, k, v), strict=True):
-        assert torch.equal(first, second)
+    assert torch.equal(run(q, k, v), run(q, k, v))
 
 
-# On a GPU
-
-ON_GPU = [attention_sm90a, attention_mma.attention_sm80, attention_mma.attention_cuda]
-
-
-def runnable():
-    major = torch.cuda.get_device_capability()[0]
-    return [run for run in ON_GPU if major == 9 or run is not attention_sm90a]
+# On a GPU of compute capability 9.0
 
 
 @pytest.mark.gpu
@@ -213,8 +130,7 @@ def runnable():
 @pytest.mark.parametrize("head_dim", [40, 64, 160])
 def test_lengths_on_a_gpu(queries, keys, head_dim):
     q, k, v = draw(queries, keys, head_dim, device="cuda", batch=2, heads=3)
-    for run in runnable():
-        assert_right(run(q, k, v), q, k, v)
+    assert_right(attention_sm90a(q, k, v), q, k, v)
 
 
 @pytest.mark.gpu
@@ -223,9 +139,8 @@ def test_lengths_on_a_gpu(queries, keys, head_dim):
 def test_extreme_scores_on_a_gpu(magnitude, dtype):
     q, k, v = draw(500, 700, 64, dtype, "cuda", heads=2)
     q, k = q * (magnitude / 30) ** 0.5, k * (magnitude / 30) ** 0.5
-    for run in runnable():
-        assert_right(run(q, k, v), q, k, v)
-        assert_right(run(q, steep(k, 3.0), v), q, steep(k, 3.0), v)
+    for keys in (k, steep(k, 3.0)):
+        assert_right(attention_sm90a(q, keys, v), q, keys, v)
 
 
 @pytest.mark.gpu
@@ -234,34 +149,31 @@ def test_a_dominating_key_on_a_gpu(key):
     q, k, v = draw(300, 700, 40, device="cuda", heads=2)
     q = q.abs()
     k[:, key] = 1e3
-    for run in runnable():
-        assert_right(run(q, k, v), q, k, v)
+    assert_right(attention_sm90a(q, k, v), q, k, v)
 
 
 @pytest.mark.gpu
 def test_empty_batch_on_a_gpu():
     q, k, v = draw(5, 6, 64, device="cuda", batch=0)
-    for run in runnable():
-        assert run(q, k, v).shape == (0, 5, 1, 64)
+    assert attention_sm90a(q, k, v).shape == (0, 5, 1, 64)
 
 
 @pytest.mark.gpu
 def test_graphs_side_streams_and_two_streams_at_once():
     q, k, v = draw(1000, 1000, 64, device="cuda", heads=4)
-    for run in runnable():
-        expected = run(q, k, v)
-        torch.cuda.synchronize()
-        streams = [torch.cuda.Stream() for _ in range(2)]
-        outs = []
-        for _ in range(8):
-            for stream in streams:
-                with torch.cuda.stream(stream):
-                    outs.append(run(q, k, v))
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            captured = run(q, k, v)
-        captured.fill_(0)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert all(torch.equal(out, expected) for out in [*outs, captured]), run
+    expected = attention_sm90a(q, k, v)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    outs = []
+    for _ in range(8):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outs.append(attention_sm90a(q, k, v))
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = attention_sm90a(q, k, v)
+    captured.fill_(0)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in [*outs, captured])
