@@ -1,5 +1,7 @@
 """Programs: hand-written PTX and CUDA C++, loaded by PyCUDA and launched on torch tensors.
 
+A kernel that executes griddepcontrol.wait goes through `programmatic` instead of PyCUDA.
+
     program = loader.program("silu", dtype="bf16")
     program.launch("silu_bf16", grid=(g, 1, 1), block=(256, 1, 1), args=(x, y, n))
 
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirage_hello.ptx import assembler, context, cubin, signature
+from mirage_hello.ptx import assembler, context, cubin, programmatic, signature
 from mirage_hello.ptx.tensor_map import TensorMap, im2col_map, tensor_map
 
 __all__ = ["Program", "TensorMap", "cuda_program", "im2col_map", "program", "tensor_map"]
@@ -124,25 +126,33 @@ class Program:
             with _load_lock:
                 arch = device_arch(device)
                 code = self.compile(arch)
-                codes = signature.parameter_codes(self.ptx(arch), entry)
+                text = self.ptx(arch)
+                codes = signature.parameter_codes(text, entry)
                 formats = signature.launch_format(cubin.params(code, entry), codes)
-                with context.active(device) as driver:
-                    module = driver.module_from_buffer(code)
-                    context.keep(module)
-                    raw = module.get_function(entry)
-                found = Function(f"{self.name}:{entry}", raw, device, codes, formats)
+                kind = DependentFunction if programmatic.waits(text, entry) else Function
+                name = f"{self.name}:{entry}"
+                found = kind(name, entry, code, device, codes, formats)
                 self._functions[(entry, device)] = found
         return found
 
 
 class Function:
-    """A kernel on one device. `raw` is PyCUDA's function."""
+    """A kernel on one device, loaded and launched by PyCUDA."""
 
-    def __init__(self, name: str, raw: Any, device: int, codes: Sequence[str], formats: list[str]):
-        self.name, self.raw, self.device = name, raw, device
+    def __init__(
+        self, name: str, entry: str, code: bytes, device: int, codes: Sequence[str], formats: list
+    ) -> None:
+        self.name, self.device = name, device
         self._convert = signature.converters(codes)
         self._smem_bytes = STATIC_SMEM_LIMIT
-        raw.prepare(formats)
+        with context.active(device) as driver:
+            self._load(driver, code, entry, formats)
+
+    def _load(self, driver: Any, code: bytes, entry: str, formats: list[str]) -> None:
+        module = driver.module_from_buffer(code)
+        context.keep(module)
+        self._raw = module.get_function(entry)
+        self._raw.prepare(formats)
 
     def launch(
         self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], smem_bytes: int
@@ -150,12 +160,14 @@ class Function:
         """See Program.launch."""
         values = self.values(args)
         if smem_bytes > self._smem_bytes:
-            self._allow_smem(smem_bytes)
+            with context.active(self.device) as driver:
+                self._allow_smem(driver, smem_bytes)
+            self._smem_bytes = smem_bytes
         grid3, block3 = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
-        with torch.cuda.device(self.device), context.launch_stream(self.device) as stream:
+        with torch.cuda.device(self.device):
             try:
-                self.raw.prepared_async_call(grid3, block3, stream, *values, shared_size=smem_bytes)
-            except context.pycuda_driver().Error as error:
+                self._queue(grid3, block3, smem_bytes, values)
+            except (context.pycuda_driver().Error, programmatic.LaunchError) as error:
                 raise RuntimeError(
                     f"{self.name}: launch failed with {error} (grid {grid3}, block {block3}, "
                     f"{smem_bytes} B shared, {torch.cuda.get_device_name(self.device)})"
@@ -175,8 +187,24 @@ class Function:
                     raise TypeError(f"{self.name}: argument {i} {error}") from None
             raise
 
-    def _allow_smem(self, smem_bytes: int) -> None:
-        with context.active(self.device) as driver:
-            which = driver.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self.raw.set_attribute(which, smem_bytes)
-        self._smem_bytes = smem_bytes
+    def _queue(self, grid: tuple, block: tuple, smem_bytes: int, values: list[Any]) -> None:
+        with context.launch_stream(self.device) as stream:
+            self._raw.prepared_async_call(grid, block, stream, *values, shared_size=smem_bytes)
+
+    def _allow_smem(self, driver: Any, smem_bytes: int) -> None:
+        which = driver.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._raw.set_attribute(which, smem_bytes)
+
+
+class DependentFunction(Function):
+    """A kernel that waits for the one before it by itself, and so may start before that ends."""
+
+    def _load(self, driver: Any, code: bytes, entry: str, formats: list[str]) -> None:
+        self._dependent = programmatic.Function(code, entry, formats)
+
+    def _queue(self, grid: tuple, block: tuple, smem_bytes: int, values: list[Any]) -> None:
+        stream = torch.cuda.current_stream(self.device)
+        self._dependent.launch(grid, block, smem_bytes, stream, values)
+
+    def _allow_smem(self, driver: Any, smem_bytes: int) -> None:
+        self._dependent.allow_smem(smem_bytes)

@@ -26,6 +26,7 @@ KINDS = {
     "mbarrier": "mbarrier used before its mbarrier.init is sure, or with too many arrivals",
     "tensor-map": "operand of a tensor copy is not a usable tensor map",
     "barrier-unbalanced": "arrivals left over at exit, or a cluster wait without its arrive",
+    "grid-dependency": "global memory written before griddepcontrol.wait, or no thread waits",
     "deadlock": "threads wait for something that cannot happen",
 }
 

@@ -105,6 +105,7 @@ class Issue:
         self.m.queue.submit(perform)
 
     def submit_store(self, time, move):
+        self.m.dependency.threads_write(np.array([self.thread]), self.pc)
         self.m.queue.submit_bulk(BulkCopy(self.thread, self.pc, time, move))
 
 

@@ -34,13 +34,18 @@ def trap(op):
     return run
 
 
-@instruction("brkpt", "nanosleep", "pmevent", "griddepcontrol", "prefetch", "prefetchu", "discard",
-             "applypriority", "fence.acq_rel", "fence.sc", "fence", "membar",
+@instruction("brkpt", "nanosleep", "pmevent", "griddepcontrol.launch_dependents", "prefetch",
+             "prefetchu", "discard", "applypriority", "fence.acq_rel", "fence.sc", "fence", "membar",
              "fence.proxy.tensormap::generic", "fence.proxy.alias")  # fmt: skip
 def nothing(op):
     """No effect on values here: the emulator's memory is sequentially consistent, and what a
     missing fence would break is found by the race detector instead."""
     return lambda lanes: None
+
+
+@instruction("griddepcontrol.wait")
+def grid_dependency_wait(op):
+    return lambda lanes: lanes.m.dependency.wait(lanes)
 
 
 @instruction("createpolicy")

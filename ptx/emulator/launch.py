@@ -7,6 +7,7 @@ import numpy as np
 from mirage_hello.ptx.emulator import formats
 from mirage_hello.ptx.emulator.checks import EmulatorError, Findings
 from mirage_hello.ptx.emulator.counts import Counts
+from mirage_hello.ptx.emulator.dependency import WAIT, report_end
 from mirage_hello.ptx.emulator.ir import Name, type_bytes
 from mirage_hello.ptx.emulator.machine import Machine
 from mirage_hello.ptx.emulator.memory import Buffer, GlobalMemory
@@ -50,6 +51,8 @@ class Launch:
         self.findings = Findings(self.program)
         self.counts = Counts(self.program)
         self.param_buffer = None
+        self.waits = [op.pc for op in self.program.ops if op.base == WAIT]
+        self.has_waited = False
         self._check(entry, directives)
 
     def _check(self, entry, directives):
@@ -159,7 +162,8 @@ class Launch:
             machine.run()
             self.first_block += len(batch)
             if any(f.kind == "deadlock" for f in self.findings):
-                break
+                return
+        report_end(self)
 
 
 def _constant_bytes(kind, number):

@@ -17,6 +17,7 @@ import numpy as np
 from mirage_hello.ptx.emulator.asynchronous import AsyncQueue
 from mirage_hello.ptx.emulator.barriers import Barriers
 from mirage_hello.ptx.emulator.checks import Watch
+from mirage_hello.ptx.emulator.dependency import Dependency
 from mirage_hello.ptx.emulator.lanes import Lanes
 from mirage_hello.ptx.emulator.memory import Buffer
 from mirage_hello.ptx.emulator.operands import SHARED_BASE
@@ -52,6 +53,7 @@ class Machine:
         self.watch = Watch(self)
         self.queue = AsyncQueue(self)
         self.shadow = Shadow(self)
+        self.dependency = Dependency(self)
         self.barriers = Barriers(self)
 
     def _place_threads(self):

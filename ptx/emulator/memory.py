@@ -119,6 +119,13 @@ def resolve(lanes, space, addresses, total, pc, write=False):
     "const" or "" (generic).
     Returns: list of Segment; illegal threads are reported and left out.
     """
+    segments = _split(lanes, space, addresses, total, pc)
+    if write:
+        lanes.m.dependency.write(lanes, segments, pc)
+    return segments
+
+
+def _split(lanes, space, addresses, total, pc):
     if space.startswith("shared"):
         return _shared(lanes, addresses, total, pc, None)
     if space == "local":
