@@ -5,6 +5,8 @@
 #   make demo CLIP=holiday.mov OUT=o   any clip that FFmpeg reads
 #   make test                          the whole test suite; needs no GPU
 #   make test PYTEST_FLAGS="-k silu"   a part of it, in one process
+#   make test-gpu                      the tests that need a GPU, GPU_JOBS processes on one card
+#   make sanitize                      compute-sanitizer over every hand-written kernel
 #
 # TORCH is what pip is told to install as PyTorch. On a Linux machine without an NVIDIA GPU
 # TORCH="torch --index-url ..." with PyTorch's CPU index saves some gigabytes.
@@ -22,7 +24,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 	$$p -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
 PIP = $(VENV)/bin/python -P -m pip install -q $(PIP_FLAGS)
 
-.PHONY: help demo test lint types clean
+.PHONY: help demo test test-gpu sanitize lint types clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -32,6 +34,16 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	@$(VENV)/bin/pytest $(PYTEST_FLAGS)
+
+# Most of the time is compilation, on the CPU. A kernel that hangs holds its process: only a thread
+# can end that, and xdist starts another (see tests/conftest.py).
+GPU_JOBS ?= 6
+test-gpu: $(VENV)/installed-test
+	@$(VENV)/bin/pytest -m gpu --numprocesses=$(GPU_JOBS) --timeout=120 --timeout-method=thread \
+		--max-worker-restart=20 $(GPU_FLAGS)
+
+sanitize: $(VENV)/installed-test
+	@$(VENV)/bin/python -P tests/sanitize.py
 
 lint: $(VENV)/installed-test
 	@$(VENV)/bin/ruff check .

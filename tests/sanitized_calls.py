@@ -1,0 +1,243 @@
+"""Small calls of every hand-written kernel, family by family: what sanitize.py runs.
+
+The registry's own samples, and for kernels with tiles a few tiles that between them have every
+value of every field. Inputs are drawn on the CPU and copied: torch launches no kernel of its own.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirage_hello import reference
+from mirage_hello.kernels import (
+    attention_fp8,
+    attention_mma,
+    attention_sm90a,
+    conv2d_sm90a,
+    group_norm_launch,
+    group_norm_plan,
+    linear_sm90a,
+    ops,
+    product_sm80,
+)
+
+BF16 = torch.bfloat16
+# Error of a result against float64, relative in the norm: two roundings, and what fp8 costs.
+ALLOWED = {torch.float32: 2e-6, torch.float16: 2e-3, BF16: 1e-2, torch.uint8: 2e-3}
+ALLOWED_FP8 = 0.04  # as test_attention_fp8.py derives
+
+
+@dataclass(frozen=True)
+class SanitizedCall:
+    """`run(*args)` on a GPU, held against `truth(*args)` of the same inputs in float64."""
+
+    name: str
+    run: Callable[..., Tensor]
+    truth: Callable[..., Tensor]
+    args: tuple
+    allowed: float = ALLOWED[BF16]
+
+    def error(self, device: torch.device) -> float:
+        """Relative error of a run on `device`, which is synchronised before this returns."""
+        out = self.run(*(moved(a, device) for a in self.args)).cpu()
+        truth = self.truth(*(wide(a) for a in self.args)).double()
+        return ((out.double() - truth).norm() / truth.norm()).item()
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """On the device with the same strides: a slice of a fused projection stays a slice."""
+    if not isinstance(value, Tensor):
+        return value
+    if value._base is None:
+        return value.to(device)
+    there = value._base.to(device)
+    return there.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def wide(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64
+    is_float = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float16, BF16)
+    return value.double() if is_float else value
+
+
+def covering(choices: Iterable[Any], names: tuple[str, ...] = ()) -> list[Any]:
+    """A few of the choices (dataclasses) with every value of every field, or of those named."""
+    values = {
+        c: {(f.name, getattr(c, f.name)) for f in fields(c) if not names or f.name in names}
+        for c in choices
+    }
+    missing, found = set().union(*values.values()), []
+    while missing:
+        best = max(values, key=lambda c: len(values[c] & missing))
+        missing -= values[best]
+        found.append(best)
+    return found
+
+
+def draw(*shape: int, scale: float = 1.0) -> Tensor:
+    values = (scale * torch.randn(shape)).to(BF16)
+    return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
+
+
+def samples(*names: str, backends: tuple[str, ...] = ("ptx", "cuda")) -> Iterator[SanitizedCall]:
+    """Every PTX and CUDA C++ kernel of these ops on the op's samples."""
+    for name in names:
+        op = getattr(ops, name)
+        for kernel in op.kernels:
+            for dtype in (torch.float32, BF16):
+                if kernel.backend not in backends or dtype not in kernel.dtypes:
+                    continue
+                for i, (args, kwargs) in enumerate(op.samples(torch.device("cpu"), dtype)):
+                    bound = inspect.signature(op.reference).bind(*args, **kwargs)
+                    bound.apply_defaults()
+                    values = tuple(bound.arguments.values())
+                    if kernel.supports and kernel.supports(op.describe(values, {})):
+                        continue
+                    label = f"{kernel.name} {str(dtype).removeprefix('torch.')} sample {i}"
+                    out = torch.uint8 if name == "model_to_frame" else dtype
+                    yield SanitizedCall(label, kernel.run, op.reference, values, ALLOWED[out])
+
+
+def attention_hopper() -> Iterator[SanitizedCall]:
+    """Head counts and lengths that reach each tile that choose_tile knows."""
+    for heads, n, m, d in [
+        (96, 33, 70, 40), (96, 33, 300, 40), (3, 130, 300, 40), (8, 64, 77, 40), (96, 70, 300, 64),
+        (3, 65, 129, 64), (8, 70, 200, 80), (64, 70, 200, 128), (2, 130, 200, 128),
+        (64, 70, 130, 160), (2, 70, 300, 160), (2, 33, 100, 256), (1, 1, 1, 64), (2, 7, 1000, 64),
+    ]:  # fmt: skip
+        args = (draw(1, n, heads, d), draw(1, m, heads, d), draw(1, m, heads, d))
+        args = tuple(a.contiguous() for a in args)
+        run = attention_sm90a.attention_sm90a
+        yield SanitizedCall(f"h{heads} {n}x{m} d{d}", run, reference.attention, args)
+
+
+def attention_fp8_hopper() -> Iterator[SanitizedCall]:
+    for n, m, h, d in [(130, 300, 2, 128), (70, 300, 2, 64), (1, 1, 1, 16), (20, 77, 1, 80)]:
+        parts = [attention_fp8.quantize(torch.randn(1, length, h, d)) for length in (n, m, m)]
+        args = tuple(t for t, _ in parts) + tuple(s for _, s in parts)
+        run, truth = attention_fp8.attention_fp8, attention_fp8.reference
+        yield SanitizedCall(f"h{h} {n}x{m} d{d}", run, truth, args, ALLOWED_FP8)
+
+
+def attention_ampere() -> Iterator[SanitizedCall]:
+    for run in (attention_mma.attention_sm80, attention_mma.attention_cuda):
+        for h, n, m, d in [(2, 130, 300, 40), (2, 65, 77, 64), (2, 70, 129, 128), (1, 70, 70, 160)]:
+            args = tuple(draw(1, length, h, d).contiguous() for length in (n, m, m))
+            name = f"{run.__name__} h{h} {n}x{m} d{d}"
+            yield SanitizedCall(name, run, reference.attention, args)
+
+
+def conv2d_hopper() -> Iterator[SanitizedCall]:
+    for window, stride in [(3, 1), (3, 2), (1, 1)]:
+        pad, p, q = window // 2, -(-17 // stride), -(-13 // stride)
+        weight = draw(88, 136, window, window, scale=(136 * window**2) ** -0.5)
+        args = (draw(2, 136, 17, 13), weight, draw(88), stride, pad)
+        args += (draw(2, 88), draw(2, 88, p, q))
+        tiles = conv2d_sm90a.candidates(window**2 * 3, window, window, stride)
+        for tile in covering(tiles):
+
+            def run(*args: Any, tile: Any = tile) -> Tensor:
+                return conv2d_sm90a.conv2d_sm90a(*args, tile=tile)
+
+            name = f"{window}x{window} stride {stride} {tile}"
+            yield SanitizedCall(name, run, reference.conv2d, args)
+    for upsample in (False, True):
+        args = (draw(1, 72, 9, 10), draw(88, 96, 3, 3, scale=0.034), None, 1, 1, None, None)
+        args += (draw(1, 24, 9, 10), upsample)
+        run = conv2d_sm90a.conv2d_sm90a
+        yield SanitizedCall(f"skip upsample={upsample}", run, reference.conv2d, args)
+
+
+def linear_hopper() -> Iterator[SanitizedCall]:
+    x, weight = draw(300, 712), draw(176, 712, scale=712**-0.5)
+    for gated in (False, True):
+        args = (x, weight, draw(176)) if gated else (x, weight, draw(176), draw(300, 176))
+        for tile in covering(linear_sm90a.candidates(12, gated)):
+
+            def run(*args: Any, tile: Any = tile, gated: bool = gated) -> Tensor:
+                kernel = linear_sm90a.geglu_sm90a if gated else linear_sm90a.linear_sm90a
+                return kernel(*args, tile=tile)
+
+            truth = reference.geglu if gated else reference.linear
+            yield SanitizedCall(f"{'geglu' if gated else 'linear'} {tile}", run, truth, args)
+
+
+def product_ampere() -> Iterator[SanitizedCall]:
+    for source in (product_sm80.cuda_source, product_sm80.ptx_source):
+        name = source.__name__.removesuffix("_source")
+        linear = (draw(150, 600), draw(88, 600, scale=0.04), draw(88), draw(150, 88))
+        run = product_sm80.linear_with(source)
+        yield SanitizedCall(f"linear {name}", run, reference.linear, linear)
+        run, gated = product_sm80.geglu_with(source), linear[:3]
+        yield SanitizedCall(f"geglu {name}", run, reference.geglu, gated)
+        for stride in (1, 2):
+            args = (draw(2, 72, 17, 13), draw(88, 72, 3, 3, scale=0.04), draw(88), stride, 1)
+            run = product_sm80.conv2d_with(source)
+            label = f"conv2d {name} stride {stride}"
+            yield SanitizedCall(label, run, reference.conv2d, args)
+
+
+def group_norm_plans() -> Iterator[SanitizedCall]:
+    """Both layouts, one pass and two, every cluster size and staging."""
+    names = ("passes", "cluster", "staging", "blocks_per_sm")
+    for channels_last in (True, False):
+        x = draw(2, 64, 24, 16) if channels_last else draw(2, 64, 24, 16).contiguous()
+        weight, bias = draw(64), draw(64)
+        shape = group_norm_plan.Shape(2, 64, 384, 8, 2, channels_last)
+        for plan in covering(group_norm_plan.plans(shape), names):
+            for program_of in (group_norm_launch.ptx_program, group_norm_launch.cuda_program):
+                if plan.staging == "shared" and program_of is group_norm_launch.cuda_program:
+                    continue
+
+                def run(
+                    x: Tensor,
+                    weight: Tensor,
+                    bias: Tensor,
+                    shape: Any = shape,
+                    plan: Any = plan,
+                    program_of: Any = program_of,
+                ) -> Tensor:
+                    out = torch.empty_like(x)
+                    group_norm_launch.launch(
+                        program_of, "group_norm_silu", shape, plan, (x, weight, bias, out), 1e-5
+                    )
+                    return out
+
+                name = f"{program_of.__name__} {plan}"
+                yield SanitizedCall(name, run, group_norm_silu_of_8, (x, weight, bias))
+
+
+def group_norm_silu_of_8(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return reference.group_norm_silu(x, 8, weight, bias, 1e-5)
+
+
+ELEMENTWISE = (
+    "add_noise", "axpby", "ddim_step", "euler_step", "frame_to_model", "guidance",
+    "model_to_frame", "residual_add", "silu",
+)  # fmt: skip
+
+FAMILIES: dict[str, tuple[Callable[..., Iterator[SanitizedCall]], ...]] = {
+    "attention sm_90a": (lambda: samples("attention", backends=("ptx",)), attention_hopper),
+    "attention fp8": (attention_fp8_hopper,),
+    "attention sm_80": (lambda: samples("attention", backends=("cuda",)), attention_ampere),
+    "conv2d sm_90a": (lambda: samples("conv2d", backends=("ptx",)), conv2d_hopper),
+    "linear sm_90a": (lambda: samples("linear", "geglu", backends=("ptx",)), linear_hopper),
+    "product sm_80": (
+        lambda: samples("conv2d", "linear", "geglu", backends=("cuda",)),
+        product_ampere,
+    ),
+    "group_norm": (lambda: samples("group_norm", "group_norm_silu"), group_norm_plans),
+    "layer_norm": (lambda: samples("layer_norm"),),
+    "elementwise": (lambda: samples(*ELEMENTWISE),),
+}
+
+
+def calls(family: str) -> list[SanitizedCall]:
+    """The calls of a family, from one seed: the processes of every tool run the same."""
+    torch.manual_seed(0)
+    return [call for part in FAMILIES[family] for call in part()]
