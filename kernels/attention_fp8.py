@@ -6,6 +6,8 @@ Not an op of the registry: nothing chooses it for you, since its error is that o
 Scores and sums are float32; probabilities are rounded to e4m3 at up to 256 of its 448.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,49 @@ from mirage_hello.reference import attention
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # finite value of e4m3
-BLOCK_N, WARPGROUPS, STAGES = 128, 2, 3
+
+
+@dataclass(frozen=True)
+class Tile:
+    """64 * warpgroups queries by block_n keys, `stages` key blocks in flight.
+
+    maximum: "exact", "conditional" or "lazy"; see the header of the source.
+    headroom: powers of two by which a score may exceed the maximum in force.
+    poly: how many of every 8 exponentials run as polynomials on the FMA units.
+    q_registers: Q is read from registers, not from shared memory, by its products.
+    v_turned: V is turned by a kernel before this one, not for each block of queries.
+    """
+
+    warpgroups: int
+    block_n: int
+    stages: int
+    maximum: str = "conditional"
+    headroom: int = 4
+    ping_pong: bool = False
+    poly: int = 0
+    q_registers: bool = False
+    v_turned: bool = False
+
+    def smem_bytes(self, head_dim: int) -> int:
+        """Q rows, as wide as the bfloat16 output; K, V^T and V of each stage; barriers."""
+        rows = -(-head_dim // 64) * 64 * self.warpgroups
+        stage = (1 if self.v_turned else 2) * self.block_n + -(-self.block_n // 128) * head_dim
+        return (rows + self.stages * stage) * 128 + 8 + 48 * self.stages
+
+    def program(self, head_dim: int) -> loader.Program:
+        return loader.program(
+            "attention_fp8.sm90a",
+            HEAD_DIM=head_dim,
+            WARPGROUPS=self.warpgroups,
+            BLOCK_N=self.block_n,
+            STAGES=self.stages,
+            MAXIMUM=self.maximum,
+            HEADROOM=self.headroom,
+            PING_PONG=self.ping_pong,
+            POLY=self.poly,
+            Q_REGISTERS=self.q_registers,
+            V_TURNED=self.v_turned,
+        )
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +98,7 @@ def attention_fp8(
     k_scale: Tensor,
     v_scale: Tensor,
     scale: float | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """softmax(scale q_scale k_scale q k^T) v_scale v, not causal.
 
@@ -78,30 +123,42 @@ def attention_fp8(
     if out.numel() == 0 or m == 0:
         return out.zero_()
     _, scale_log2 = attention_mma.positive_scale(q, scale)
-    block_m = 64 * WARPGROUPS
-    maps = (
-        _heads(q, 128, block_m),
-        _heads(k, 128, BLOCK_N),
-        _heads(v, 128, BLOCK_N),
-        _heads(out, 64, 64),
-    )
-    program = loader.program(
-        "attention_fp8.sm90a", HEAD_DIM=d, WARPGROUPS=WARPGROUPS, STAGES=STAGES
-    )
-    program.launch(
+    tile = tile or choose_tile(b * h, n, m, d)
+    block_m, block_n = 64 * tile.warpgroups, tile.block_n
+    v_map = _turned(turn_keys(v)) if tile.v_turned else _heads(v, 128, block_n)
+    maps = (_heads(q, 128, block_m), _heads(k, 128, block_n), v_map, _heads(out, 64, 64))
+    tile.program(d).launch(
         "attention_fp8",
         grid=(-(-n // block_m), h, b),
-        block=(128 * (WARPGROUPS + 1),),
-        args=(*maps, q_scale, k_scale, v_scale, m, -(-m // BLOCK_N), scale_log2),
-        smem_bytes=smem_bytes(d),
+        block=(128 * (tile.warpgroups + 1),),
+        args=(*maps, q_scale, k_scale, v_scale, m, -(-m // block_n), scale_log2),
+        smem_bytes=tile.smem_bytes(d),
     )
     return out
 
 
-def smem_bytes(head_dim: int) -> int:
-    """Q rows, as wide as the bfloat16 output; K, V and V^T of each stage; barriers."""
-    rows = -(-head_dim // 64) * 64 * WARPGROUPS + 3 * STAGES * BLOCK_N
-    return rows * 128 + 8 + 48 * STAGES
+def choose_tile(heads: int, n: int, m: int, d: int) -> Tile:
+    """The tile for `heads` (batch x heads) times n queries and m keys."""
+    return Tile(2, 128, 3)
+
+
+def turn_keys(v: Tensor) -> Tensor:
+    """[B, M, H, D] as V^T [B, H, D, M'], M' the next multiple of 128, zeros after the last key.
+
+    Each 16 keys lie in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15, in which the threads of
+    wgmma hold scores.
+    """
+    b, m, h, d = v.shape
+    padded = torch.zeros(b, h, d, -(-m // 128) * 128, dtype=torch.uint8, device=v.device)
+    padded[..., :m] = v.view(torch.uint8).permute(0, 2, 3, 1)
+    pairs = padded.view(b, h, d, -1, 2, 4, 2)  # key = 8 i + 2 j + e: [i, j, e] -> [j, i, e]
+    return pairs.transpose(4, 5).reshape(padded.shape).view(E4M3)
+
+
+def _turned(t: Tensor) -> loader.TensorMap:
+    """[B, H, D, M'] as {M', D, H, B}, boxes of 128 keys of one head."""
+    b, h, d, m = t.shape
+    return loader.tensor_map(t, (128, d, 1, 1), dims=(m, d, h, b), strides=(m, d * m, h * d * m))
 
 
 def _heads(t: Tensor, columns: int, rows: int) -> loader.TensorMap:

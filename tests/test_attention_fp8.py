@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mirage_hello.kernels.attention_fp8 import attention_fp8, quantize, reference, smem_bytes
+from mirage_hello.kernels.attention_fp8 import Tile, attention_fp8, quantize, reference, turn_keys
 from mirage_hello.ptx import assembler
 
 # Probabilities have 3 mantissa bits: a relative error of up to 2^-4 each, 2^-4 / sqrt(3) = 3.6 % in
@@ -11,9 +11,25 @@ from mirage_hello.ptx import assembler
 ALLOWED = 0.04
 
 
-def inputs(batch, queries, keys, heads, head_dim, device="cpu"):
-    lengths = (queries, keys, keys)
-    parts = [quantize(torch.randn(batch, n, heads, head_dim, device=device)) for n in lengths]
+TILES = [
+    Tile(1, 128, 2, "exact", 1),
+    Tile(2, 128, 3),
+    Tile(2, 160, 2, poly=2),
+    Tile(3, 96, 3, ping_pong=True),
+    Tile(2, 192, 2, q_registers=True),
+    Tile(2, 128, 2, "lazy"),
+    Tile(3, 64, 2, "lazy", 3, True, 1),
+    Tile(2, 224, 2, v_turned=True),
+]
+
+
+def inputs(batch, queries, keys, heads, head_dim, device="cpu", steep=False):
+    """q, k, v and their scales; `steep` scores grow far beyond those of the keys walked first."""
+    q, k, v = (torch.randn(batch, n, heads, head_dim, device=device) for n in (queries, keys, keys))
+    if steep:
+        q *= 5
+        k *= torch.linspace(20, 1, keys, device=device)[None, :, None, None]
+    parts = [quantize(t) for t in (q, k, v)]
     return [t for t, _ in parts] + [s for _, s in parts]
 
 
@@ -58,10 +74,27 @@ def test_quantize_keeps_zeros_and_the_largest():
     assert torch.equal(t.float() * scale[:, None], x)
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
-def test_assembles_without_spills(head_dim):
-    text = assembler.render("attention_fp8.sm90a", HEAD_DIM=head_dim, WARPGROUPS=2, STAGES=3)
-    assert f"shared {smem_bytes(head_dim)} B" in text
+@pytest.mark.parametrize("steep", [False, True])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_tiles_in_the_emulator(tile, steep):
+    args = inputs(1, 70, 500, 1, 80, steep=steep)
+    assert_right(attention_fp8(*args, tile=tile), args)
+
+
+def test_turned_keys_lie_as_a_thread_holds_scores():
+    v = torch.arange(1, 19).view(1, 18, 1, 1).float().to(torch.float8_e4m3fn).expand(1, 18, 1, 16)
+    turned = turn_keys(v.contiguous()).float()
+    assert turned.shape == (1, 1, 16, 128)
+    order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    assert turned[0, 0, 3, :16].tolist() == [float(v[0, i, 0, 0]) for i in order]
+    assert turned[0, 0, 3, 18:].eq(0).all()
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_assembles_without_spills(head_dim, tile):
+    text = tile.program(head_dim).text
+    assert f"shared {tile.smem_bytes(head_dim)} B" in text
     _, said = assembler.ptxas(text, "sm_90a", ("-v",))
     assert " 0 bytes spill stores" in said
     assert "C75" not in said, said
@@ -85,9 +118,29 @@ def test_bad_input(change, error, text):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("queries", "keys"), [(1, 7), (129, 1000), (1000, 4096)])
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128])
 def test_on_a_gpu(queries, keys, head_dim):
     args = inputs(2, queries, keys, 3, head_dim, "cuda")
     out = attention_fp8(*args)
     assert_right(out, args)
     assert torch.equal(out, attention_fp8(*args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("steep", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_tiles_on_a_gpu(tile, head_dim, steep):
+    args = inputs(2, 333, 1029, 2, head_dim, "cuda", steep)
+    out = attention_fp8(*args, tile=tile)
+    assert_right(out, args)
+    assert torch.equal(out, attention_fp8(*args, tile=tile))
+
+
+@pytest.mark.gpu
+def test_slices_and_scales_of_heads_on_a_gpu():
+    qkv, scale = quantize(torch.randn(2, 300, 3 * 4, 64, device="cuda"))
+    q, k, v = qkv.view(2, 300, 3, 4, 64).unbind(2)
+    factors = torch.tensor([0.5, 20.0, 1.0, 3.0], device="cuda")
+    args = [q, k, v, *(s * factors for s in scale.view(3, 4))]
+    assert_right(attention_fp8(*args, 0.02), args, 0.02)

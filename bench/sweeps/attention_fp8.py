@@ -1,78 +1,157 @@
-"""fp8 attention on a GPU: error against float64 and time, beside the bfloat16 kernel and cuDNN.
+"""Tile sweep of attention_fp8 on a GPU: error against float64 first, then time beside bfloat16.
 
-python bench/sweeps/attention_fp8.py      about 15 s; writes $OUT/attention-fp8.json
+    python bench/sweeps/attention_fp8.py [CASE-SUBSTRING ...]  writes $OUT/sweep-attention-fp8.json
+
+About 15 s a case, each in a process of its own with a time limit.
 """
 
-import json
-import os
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mirage_hello.bench import harness
-from mirage_hello.kernels.attention_fp8 import attention_fp8, quantize, reference
+from mirage_hello.bench.sweeps import runner
+from mirage_hello.kernels import attention_fp8 as kernel
+from mirage_hello.kernels.attention_fp8 import Tile, attention_fp8, quantize
 from mirage_hello.kernels.attention_sm90a import attention_sm90a
 from mirage_hello.reference import attention
 
-# (B, H, N, M, D)
-SHAPES = [
-    (1, 16, 8192, 8192, 128),
-    (1, 16, 8192, 8192, 64),
-    (1, 8, 1024, 1024, 80),
-    (2, 2, 77, 333, 64),
+LIMIT_S = 60
+ALLOWED = 0.04  # tests/test_attention_fp8.py has the arithmetic
+SMEM = 232448  # bytes a block may have on Hopper
+LONG = (1, 16, 8192, 8192, 128)
+# name: (B, H, N, M, D)
+CASES = {
+    "d128 conditional": LONG,
+    "d128 lazy": LONG,
+    "d128 turned before": LONG,
+    "d128 registers, polynomials, exact": LONG,
+    "h16 8192x8192 d64": (1, 16, 8192, 8192, 64),
+    "h8 1024x1024 d80": (1, 8, 1024, 1024, 80),
+}
+LARGE = [
+    Tile(2, 128, 2),
+    Tile(2, 128, 3),
+    Tile(2, 160, 2),
+    Tile(2, 192, 2),
+    Tile(2, 224, 2),
+    Tile(3, 96, 2),
+    Tile(3, 96, 3),
+    Tile(3, 64, 3),
 ]
 
 
-def error(out: torch.Tensor, truth: torch.Tensor) -> float:
+def tiles(name: str, d: int) -> list[Tile]:
+    if name == "d128 conditional":
+        found = both_orders(LARGE)
+    elif name == "d128 lazy":
+        found = [replace(t, maximum="lazy") for t in both_orders(LARGE)]
+    elif name == "d128 turned before":
+        before = [replace(t, v_turned=True) for t in both_orders(LARGE)]
+        found = [replace(t, maximum=m) for t in before for m in ("conditional", "lazy")]
+    elif name.startswith("d128"):
+        found = [
+            replace(t, q_registers=True, v_turned=v)
+            for v in (False, True)
+            for t in both_orders([Tile(2, 128, 3), Tile(2, 192, 2), Tile(3, 64, 3)])
+        ]
+        found += [
+            replace(t, poly=p, maximum=m)
+            for t in both_orders([Tile(2, 128, 3), Tile(3, 96, 3)])
+            for p in (1, 2)
+            for m in ("conditional", "lazy")
+        ]
+        found += [Tile(2, 128, 3, "exact", 1), Tile(3, 96, 3, "exact", 1)]
+    elif d == 64:
+        base = [Tile(3, 128, 3), Tile(3, 96, 3), Tile(2, 128, 3), Tile(2, 192, 2)]
+        found = both_orders(base + [replace(t, poly=1) for t in base])
+    else:
+        found = [Tile(1, 128, 3), Tile(1, 96, 3), Tile(1, 192, 2), Tile(2, 128, 3), Tile(1, 64, 4)]
+    return [t for t in found if t.smem_bytes(d) <= SMEM]
+
+
+def both_orders(found: list[Tile]) -> list[Tile]:
+    return [replace(t, ping_pong=p) for t in found for p in (False, True)]
+
+
+def error(out: Tensor, truth: Tensor) -> float:
     """Root mean square of the difference over that of the truth."""
     return ((out.double() - truth).norm() / truth.norm()).item()
 
 
-def run(shape: tuple) -> dict:
+def draw(kind: str, shape: tuple) -> list[Tensor]:
+    """q, k, v: "normal"; "mean 1" of v; "steep" scores, larger in the keys walked last."""
     b, h, n, m, d = shape
     q, k, v = (torch.randn(b, x, h, d, device="cuda") for x in (n, m, m))
-    (q8, qs), (k8, ks), (v8, vs) = quantize(q), quantize(k), quantize(v)
-    args = (q8, k8, v8, qs, ks, vs)
-    first = slice(0, min(n, 256))
-    out = attention_fp8(*args)[:, first]
-    dequantised = reference(q8[:, first], *args[1:])
-    exact = attention(q[:, first].double(), k.double(), v.double())
-    q16, k16, v16 = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    if kind == "mean 1":
+        v += 1
+    if kind == "steep":
+        q *= 5
+        k *= torch.linspace(20, 1, m, device="cuda")[None, :, None, None]
+    return [q, k, v]
 
-    def cudnn() -> torch.Tensor:
+
+def errors(run: Callable, kind: str, shape: tuple) -> tuple[float, float]:
+    """Of some rows: against the dequantised inputs, and against those before quantisation."""
+    wide = draw(kind, shape)
+    (q, qs), (k, ks), (v, vs) = (quantize(t) for t in wide)
+    n = q.shape[1]
+
+    def pick(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :384], x[:, max(384, n - 96) :]], 1)
+
+    out = pick(run(q, k, v, qs, ks, vs))
+    dequantised = kernel.reference(pick(q), k, v, qs, ks, vs)
+    exact = attention(pick(wide[0]).double(), wide[1].double(), wide[2].double())
+    return error(out, dequantised), error(out, exact)
+
+
+def run_case(name: str) -> dict:
+    shape = b, h, n, m, d = CASES[name]
+    torch.manual_seed(0)
+    found = tiles(name, d)
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda t: t.program(d).compile("sm_90a"), found))
+    wide = draw("normal", shape)
+    (q, qs), (k, ks), (v, vs) = (quantize(t) for t in wide)
+    turn_keys, turned = kernel.turn_keys, kernel.turn_keys(v)
+    good, measured = {}, {}
+    for tile in found:
+
+        def call(*args: Tensor, tile: Tile = tile) -> Tensor:
+            return attention_fp8(*args, tile=tile)
+
+        kinds = ("normal", "steep", "mean 1") if tile in found[:2] else ("normal", "steep")
+        measured[str(tile)] = e = {kind: errors(call, kind, shape) for kind in kinds}
+        if all(one[0] < ALLOWED for one in e.values()):
+            good[str(tile)] = lambda call=call: call(q, k, v, qs, ks, vs)
+        else:
+            print(f"{name} {tile} wrong: {e}", flush=True)
+    q16, k16, v16 = (t.bfloat16() for t in wide)
+
+    def cudnn() -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return torch.nn.functional.scaled_dot_product_attention(
                 q16.transpose(1, 2), k16.transpose(1, 2), v16.transpose(1, 2)
             )
 
-    effort = harness.Effort(rounds=6, sample_us=1000.0)
-    contenders = {
-        "fp8": lambda: attention_fp8(*args),
-        "bf16": lambda: attention_sm90a(q16, k16, v16),
-        "cudnn bf16": cudnn,
-    }
-    timed = harness.measure(contenders, "cuda", effort=effort)
-    time_us = {name: t.median_us for name, t in timed.items()}
+    peers = {"bf16": lambda: attention_sm90a(q16, k16, v16), "cudnn bf16": cudnn}
+    kernel.turn_keys = lambda _: turned  # the turn is timed apart
+    timed = harness.measure({**peers, **good}, "cuda", effort=harness.Effort(6, 1500.0))
+    kernel.turn_keys = turn_keys
     flops = 4 * b * h * n * m * d
-    result = {
-        "shape": shape,
-        "error_of_the_kernel": error(out, dequantised),
-        "error_with_quantisation": error(out, exact),
-        "error_of_bf16": error(attention_sm90a(q16, k16, v16)[:, first], exact),
-        "time_us": time_us,
-        "tflops": {name: flops / us / 1e6 for name, us in time_us.items()},
-    }
-    print({**result, "time_us": {name: round(us, 1) for name, us in time_us.items()}})
-    return result
-
-
-def main() -> int:
-    results = [run(shape) for shape in SHAPES]
-    with open(f"{os.environ.get('OUT', '.')}/attention-fp8.json", "w") as f:
-        json.dump(results, f, indent=1)
-    return 0 if all(r["error_of_the_kernel"] < 0.04 for r in results) else 1
+    medians = {key: t.median_us for key, t in timed.items()}
+    print(f"{name}: tflops, us, errors (dequantised, exact)", flush=True)
+    for us, key in sorted((us, key) for key, us in medians.items()):
+        said = {kind: [f"{x:.4f}" for x in e] for kind, e in measured.get(key, {}).items()}
+        print(f"  {flops / us / 1e6:7.0f} {us:8.1f}  {key} {said}", flush=True)
+    return {"case": name, "time_us": medians, "errors": measured}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runner.main(__file__, "attention-fp8", CASES, run_case, LIMIT_S))
