@@ -1,0 +1,153 @@
+"""Tiles by measurement: which one a request gets, the files, and what a kernel asks for."""
+
+import json
+import logging
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from mirage_hello.kernels import tuning
+
+CARD = "NVIDIA H200"
+
+
+@dataclass(frozen=True)
+class Tile:
+    rows: int
+    split: int = 1
+    patch: bool = False
+
+
+TILES = [Tile(64), Tile(128), Tile(128, 4), Tile(256, 2, patch=True)]
+
+
+def cost(tile):
+    return 100 / tile.rows
+
+
+@pytest.fixture(autouse=True)
+def own_files(tmp_path, monkeypatch):
+    """A cache and a shipped file of this test; nothing chosen before."""
+    monkeypatch.setenv("MIRAGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "shipped_path", lambda card: tmp_path / "shipped.json")
+    monkeypatch.setattr(tuning, "current_card", lambda: CARD)
+    tuning.forget()
+    yield
+    tuning.forget()
+
+
+def tile_for(m=64):
+    return tuning.tile_for("conv2d", {"m": m, "fused": True}, lambda: TILES, cost)
+
+
+def entry(tile, runner_up=None, **times):
+    stored = {"tile": tuning.encoded(tile)} | times
+    return stored | ({"runner_up": tuning.encoded(runner_up)} if runner_up else {})
+
+
+def saved(path, tile, key="m=64 fused=True"):
+    found = entry(tile, Tile(64), time_us=3.0, runner_up_us=3.5)
+    tuning.save(CARD, "0123456", {"conv2d": {key: found}}, path)
+
+
+def test_the_model_decides_where_nothing_was_measured():
+    assert tile_for() == Tile(256, 2, patch=True)
+    choice = tuning.choose(tuning.Request("conv2d", "m=1", lambda: TILES[:2], cost))
+    assert choice.source == "cost model" and choice.runner_up == Tile(64)
+    assert choice.cost_ratio == 2.0
+
+
+def test_own_results_come_before_shipped_ones(tmp_path):
+    saved(tmp_path / "shipped.json", Tile(128))
+    assert tile_for() == Tile(128)
+    saved(tuning.user_path(CARD), Tile(128, 4))
+    assert tile_for() == Tile(128, 4)
+    assert tile_for(m=65) == Tile(256, 2, patch=True)
+    choice = tuning.choose(tuning.Request("conv2d", "m=64 fused=True", lambda: TILES, cost))
+    expected = "Tile(rows=128, split=4) 3.00 us (tuned on this card); runner-up Tile(rows=64) 3.50"
+    assert str(choice) == f"{expected} us"
+
+
+def test_another_card_has_other_results(monkeypatch):
+    saved(tuning.user_path(CARD), Tile(128))
+    monkeypatch.setattr(tuning, "current_card", lambda: "NVIDIA H100")
+    assert tile_for() == Tile(256, 2, patch=True)
+
+
+def test_results_are_merged_and_read_back(tmp_path):
+    path = tmp_path / "tiles.json"
+    saved(path, Tile(128))
+    saved(path, Tile(64), "m=1 fused=True")
+    table = tuning.read(path)["conv2d"]
+    assert {key: e["tile"] for key, e in table.items()} == {
+        "m=1 fused=True": {"rows": 64},
+        "m=64 fused=True": {"rows": 128},
+    }
+    assert json.loads(path.read_text())["card"] == CARD
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith("tmp")]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"ops": 3}', '{"ops": {"conv2d": {"m=64 fused=True": {}}}}']
+)
+def test_a_damaged_file_is_reported_and_written_anew(text, caplog):
+    path = tuning.user_path(CARD)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with caplog.at_level(logging.WARNING, "mirage_hello"):
+        assert tile_for() == Tile(256, 2, patch=True)
+    assert str(path) in caplog.text and "mirage tune" in caplog.text
+    saved(path, Tile(64))
+    assert tile_for() == Tile(64)
+
+
+def test_a_stored_tile_that_no_longer_fits_is_not_used(caplog):
+    saved(tuning.user_path(CARD), Tile(512))
+    with caplog.at_level(logging.WARNING, "mirage_hello"):
+        assert tile_for() == Tile(256, 2, patch=True)
+    assert "no candidate any more" in caplog.text
+
+
+def test_strings_are_candidates_too():
+    saved(tuning.user_path(CARD), "separate", "m=64")
+    ways = ["fused", "separate"]
+    assert tuning.tile_for("conv2d", {"m": 64}, lambda: ways, ways.index) == "separate"
+    assert tuning.tile_for("conv2d", {"m": 65}, lambda: ways, ways.index) == "fused"
+
+
+def test_a_listener_answers_every_request():
+    saved(tuning.user_path(CARD), Tile(128))
+    assert tile_for() == Tile(128)
+    heard = []
+
+    def listen(request):
+        heard.append((request.op, request.key, request.ranked()[0]))
+        return Tile(64)
+
+    with tuning.listening(listen):
+        assert tile_for() == Tile(64)
+    assert heard == [("conv2d", "m=64 fused=True", Tile(256, 2, patch=True))]
+    assert tile_for() == Tile(128)
+
+
+def test_a_kernel_is_asked_without_data():
+    def run(x):
+        tuning.tile_for("conv2d", {"m": x.shape[0]}, lambda: TILES, cost)
+        raise AssertionError("the launch")
+
+    request = tuning.request_of(run, [torch.empty(7, device="meta")])
+    assert request.key == "m=7"
+    assert tuning.request_of(lambda x: x.cpu(), [torch.empty(7, device="meta")]) is None
+
+
+def test_the_candidates_are_made_once_a_shape():
+    counts = []
+
+    def candidates():
+        counts.append(1)
+        return TILES
+
+    for _ in range(3):
+        tuning.tile_for("linear", {"m": 1}, candidates, cost)
+    assert len(counts) == 1
