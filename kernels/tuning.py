@@ -125,12 +125,12 @@ def choose(request: Request, card: str | None = None) -> Choice:
     card = card or current_card()
     for source, table in tables(card):
         entry = table.get(request.op, {}).get(request.key)
-        tile = decoded(entry["tile"], request) if entry else None
-        if tile is not None:
+        tile = decoded(entry["tile"], request) if entry is not None else None
+        if entry is not None and tile is not None:
             runner_up = decoded(entry.get("runner_up"), request)
             timed = entry.get("time_us"), runner_up, entry.get("runner_up_us")
             return Choice(request.op, request.key, tile, source, *timed)
-        if entry:
+        if entry is not None:
             text = "%s %s: %s is no candidate any more; run `mirage tune --op %s`"
             log.warning(text, request.op, request.key, entry["tile"], request.op)
     first, *others = request.ranked()
