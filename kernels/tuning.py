@@ -70,6 +70,11 @@ class Choice:
     runner_up_us: float | None = None
     cost_ratio: float | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        names = {"tile": name(self.tile), "runner_up": self.runner_up and name(self.runner_up)}
+        return vars(self) | names
+
     def __str__(self) -> str:
         time = f" {self.time_us:.2f} us" if self.time_us is not None else ""
         text = f"{name(self.tile)}{time} ({self.source})"

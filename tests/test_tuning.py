@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from mirage_hello.kernels import tuning
+from mirage_hello.kernels import Kernel, backends, explain, forget_choices, ops, tuning
+from mirage_hello.tools.explain import as_dict
 
 CARD = "NVIDIA H200"
 
@@ -46,9 +47,9 @@ def entry(tile, runner_up=None, **times):
     return stored | ({"runner_up": tuning.encoded(runner_up)} if runner_up else {})
 
 
-def saved(path, tile, key="m=64 fused=True"):
+def saved(path, tile, key="m=64 fused=True", op="conv2d"):
     found = entry(tile, Tile(64), time_us=3.0, runner_up_us=3.5)
-    tuning.save(CARD, "0123456", {"conv2d": {key: found}}, path)
+    tuning.save(CARD, "0123456", {op: {key: found}}, path)
 
 
 def test_the_model_decides_where_nothing_was_measured():
@@ -151,3 +152,28 @@ def test_the_candidates_are_made_once_a_shape():
     for _ in range(3):
         tuning.tile_for("linear", {"m": 1}, candidates, cost)
     assert len(counts) == 1
+
+
+class TestExplain:
+    """A kernel with tiles says which one it would take, from where, and the runner-up."""
+
+    @pytest.fixture
+    def silu_with_tiles(self):
+        def run(x, tile=None):
+            tuning.tile_for("silu", {"n": x.numel()}, lambda: TILES, cost)
+            return x.sigmoid() * x
+
+        kernel = Kernel("silu", "cupy", run, devices=("cpu", "cuda"))
+        ops.silu.kernels.append(kernel)
+        yield kernel
+        ops.silu.kernels.remove(kernel)
+        forget_choices()
+
+    def test_the_tile_and_the_runner_up(self, silu_with_tiles, monkeypatch):
+        monkeypatch.setattr(backends, "unavailable", lambda backend, device: None)
+        saved(tuning.user_path(CARD), Tile(128), "n=12", "silu")
+        explanation = explain("silu", torch.zeros(3, 4))
+        (candidate,) = [c for c in explanation.candidates if c.tile]
+        assert candidate.tile.tile == Tile(128)
+        assert "(tuned on this card); runner-up Tile(rows=64) 3.50 us" in str(explanation)
+        assert json.dumps(as_dict(explanation))

@@ -75,7 +75,9 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
         "op": explanation.op,
         "call": call.label,
         "arch": call.arch,
-        "candidates": [vars(candidate) for candidate in explanation.candidates],
+        "candidates": [
+            vars(c) | {"tile": c.tile.as_dict() if c.tile else None} for c in explanation.candidates
+        ],
     }
 
 
