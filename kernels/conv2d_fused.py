@@ -17,6 +17,7 @@ A GroupNorm whose groups are multiples of `unit` channels, and skips whose width
 of them: 10 serves every GroupNorm(32) of Stable Diffusion's U-Net, concatenated skips included.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_hello import reference
+from mirage_hello.kernels import conv2d_sm90a
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,11 @@ def conv2d_fused(
         known = ", ".join(BACKENDS)
         raise ValueError(f"conv2d_fused: unknown backend {backend!r}; choose one of {known}")
     check(x, weight, skip, norm, unit, activation)
+    if norm is not None:
+        run = functools.partial(run, norm=norm)
     return run(
         x, weight, bias, stride, padding, channel_bias, residual, skip, upsample,
-        norm=norm, unit=unit, activation=activation,
+        unit=unit, activation=activation,
     )  # fmt: skip
 
 
@@ -187,4 +191,9 @@ def conv2d_fused_torch(
     return out, sums_torch(out, unit) if unit else None
 
 
-BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {"torch": conv2d_fused_torch}
+# PTX: kernels/conv2d_sm90a.py launches ptx/conv2d.sm90a.ptx.j2
+
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "ptx": conv2d_sm90a.conv2d_fused_sm90a,
+    "torch": conv2d_fused_torch,
+}

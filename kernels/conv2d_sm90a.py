@@ -36,46 +36,93 @@ def conv2d_sm90a(
     tile: Tile | None = None,
 ) -> Tensor:
     """See ops.conv2d; `tile` overrides the choice."""
+    args = (x, weight, bias, stride, padding, channel_bias, residual, skip, upsample)
+    return conv2d_fused_sm90a(*args, tile=tile)[0]
+
+
+def conv2d_fused_sm90a(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    channel_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    skip: Tensor | None = None,
+    upsample: bool = False,
+    unit: int = 0,
+    activation: str | None = None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See conv2d_fused.conv2d_fused; `tile` overrides the choice.
+
+    Raises:
+        ValueError: a tile whose slices are narrower than a unit.
+    """
     (batch, channels, height, width), (outputs, _, r, s) = x.shape, weight.shape
     up = 2 if upsample else 1
     p, q = ((up * n + 2 * padding - t) // stride + 1 for n, t in ((height, r), (width, s)))
     out = torch.empty(
         (batch, outputs, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    if out.numel() == 0:
-        return out
     blocks = r * s * (-(-channels // 64) + (-(-skip.shape[1] // 64) if skip is not None else 0))
     grid_p, grid_q = (height, width) if upsample else (p, q)
     tile = tile or choose_tile(batch * up * up, grid_p, grid_q, outputs, blocks, r, s, stride)
     tile = tile.fitted(tile.share(blocks), r, s)
     rows = 8 * tile.warpgroups
+    tiles_x, tiles_y = -(-grid_q // 8), -(-grid_p // rows)
+    parts = tiles_x * tiles_y * up * up * tile.row_parts * _slots(tile, unit)
+    sums = None
+    if unit:
+        sums = torch.empty((batch, parts, outputs // unit, 4), device=x.device)
+    if out.numel() == 0:
+        return out, sums
     box = (64, 8 + s - 1, rows + r - 1, 1) if tile.patch else (64, 8 * stride, rows * stride, 1)
     inputs = (x,) if skip is None else (x, skip)
     maps = (*(_pixels(t, box, stride) for t in inputs), _taps(weight, tile.block_n))
-    tiles_y = -(-grid_p // rows)
-    tiles = (-(-grid_q // 8), tiles_y * batch, -(-outputs // tile.block_n) * up * up)
+    tiles = (tiles_x, tiles_y * batch, -(-outputs // tile.block_n) * up * up)
+    kind = {"skip": skip is not None, "upsample": upsample, "unit": unit, "silu": bool(activation)}
     short = SHORT_NAME[x.dtype]
-    program(tile, r, s, stride, short, skip is not None, upsample).launch(
+    program(tile, r, s, stride, short, **kind).launch(
         f"conv2d_{short}",
         grid=tile.grid(*tiles),
         block=(128 * (tile.warpgroups + 1),),
         args=(
-            *maps, bias, channel_bias, residual, out, outputs,
-            *((math.prod(tiles), *tiles[:2]) if tile.persistent else ()),
+            *maps, bias, channel_bias, residual, *((sums, parts) if unit else ()), out, outputs,
+            *((math.prod(tiles), *tiles[:2]) if tile.persistent else (tiles_x,) if unit else ()),
             blocks, p, q, tiles_y, padding, channels,
         ),
         smem_bytes=tile.layout(r, s)[1],
     )  # fmt: skip
-    return out
+    return out, sums
+
+
+def _slots(tile: Tile, unit: int) -> int:
+    slots = tile.sum_slots(unit) if unit else 1
+    if slots == 0:
+        raise ValueError(
+            f"conv2d: {tile} cannot sum {unit} channels: its slices have {8 * tile.octets} columns "
+            "or fewer; use a tile with a smaller split"
+        )
+    return slots
 
 
 def program(
-    tile: Tile, r: int, s: int, stride: int, dtype: str, skip: bool = False, upsample: bool = False
+    tile: Tile,
+    r: int,
+    s: int,
+    stride: int,
+    dtype: str,
+    skip: bool = False,
+    upsample: bool = False,
+    unit: int = 0,
+    silu: bool = False,
 ) -> loader.Program:
     """The program of a fitted tile."""
     return loader.program(
         "conv2d.sm90a", OP="conv2d", R=r, S=s, STRIDE=stride, SKIP=skip, UPSAMPLE=upsample,
-        PATCH=tile.patch, PATCH_STAGES=tile.patch_stages, dtype=dtype, **tile.variables(r, s),
+        PATCH=tile.patch, PATCH_STAGES=tile.patch_stages, dtype=dtype, SUMS=unit,
+        SUM_SLOTS=_slots(tile, unit), SILU=silu, **tile.variables(r, s),
     )  # fmt: skip
 
 

@@ -60,12 +60,30 @@ class Tile:
         ring = self.patch_stages * pixels
         return ring + stages * (weight if self.patch else pixels + weight)
 
+    @property
+    def row_parts(self) -> int:
+        """Slices that the cluster cuts a tile's rows into; its columns take the rest of `split`."""
+        return next(n for n in (4, 2, 1) if self.warpgroups % n == 0 and self.split % n == 0)
+
+    @property
+    def octets(self) -> int:
+        """Columns of a slice, in eights."""
+        return -(-self.block_n // 8 // (self.split // self.row_parts))
+
     def slice_bytes(self) -> int:
         """All slices of the epilogue: `split` staged, split - 1 received; float32, rows padded to
         an odd number of 32 bytes against bank conflicts."""
-        row_parts = next(n for n in (4, 2, 1) if self.warpgroups % n == 0 and self.split % n == 0)
-        octets = -(-self.block_n // 8 // (self.split // row_parts))
-        return (2 * self.split - 1) * (self.block_m // row_parts) * 32 * (octets | 1)
+        rows = self.block_m // self.row_parts
+        return (2 * self.split - 1) * rows * 32 * (self.octets | 1)
+
+    def sum_slots(self, unit: int) -> int:
+        """Slots that a tile's sums of `unit` channels take: 1 where no slice cuts a unit, 2 where
+        neighbouring slices share one, 0 where more would, which nothing supports."""
+        last = self.block_n - (self.block_n - 1) // (8 * self.octets) * 8 * self.octets
+        starts = {self.block_n, 8 * self.octets if 8 * self.octets < self.block_n else unit}
+        if all(start % unit == 0 for start in starts):
+            return 1
+        return 2 if min(8 * self.octets, last) >= unit else 0
 
     def barriers_at(self, stages: int, r: int, s: int) -> int:
         """Past the pipeline and the slices, which share their memory unless persistent."""
@@ -75,6 +93,7 @@ class Tile:
     def most_stages(self, share: int, r: int = 1, s: int = 1) -> int:
         """Stages that fit, no more than the K blocks of a block of the cluster; 0: none fit."""
         room = SMEM_BYTES[self.blocks_per_sm] - 8 - 16 * (MAX_STAGES + self.patch_stages)
+        room -= 4 * self.block_m
         fits = [n for n in range(1, MAX_STAGES + 1) if self.barriers_at(n, r, s) <= room]
         return min(max(fits, default=0), MAX_STAGES if self.persistent else max(share, 2))
 
@@ -92,7 +111,8 @@ class Tile:
         """(where the barriers lie, bytes of shared memory) of a fitted tile."""
         assert self.stages is not None
         bars = self.barriers_at(self.stages, r, s)
-        return bars, bars + 16 * (self.stages + self.patch_stages) + 8
+        sums = 4 * self.block_m  # pixels that each row of threads counts
+        return bars, bars + 16 * (self.stages + self.patch_stages) + 8 + sums
 
     def variables(self, r: int = 1, s: int = 1) -> dict[str, int | bool]:
         """Template variables of a fitted tile."""

@@ -1,0 +1,167 @@
+"""conv2d_fused: statistics of the output, activation; the emulator and a GPU against torch."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mirage_hello import reference
+from mirage_hello.kernels import conv2d_fused as page
+from mirage_hello.kernels import parity
+from mirage_hello.kernels.conv2d_sm90a import candidates, conv2d_fused_sm90a, program
+from mirage_hello.kernels.product_sm90a import Tile
+from mirage_hello.ptx import assembler
+
+PATCH = Tile(1, 32, patch=True)
+# Tiles that between them render every branch of ptx/sums.j2, with a unit of channels: slices that
+# cut no unit, that share units, that are empty; the last column tile past O.
+SUMMED = [
+    (PATCH, 10),
+    (PATCH, 4),
+    (Tile(2, 80, patch=True), 10),
+    (Tile(2, 48, split=3, patch=True), 10),
+    (Tile(2, 96, split=4, patch=True), 10),
+    (Tile(3, 32, split=4, patch=True), 4),
+    (Tile(1, 64, split=5, patch=True), 10),
+    (Tile(2, 32, split=2), 10),
+    (Tile(1, 32, blocks_per_sm=2, patch=True), 20),
+    (replace(PATCH, persistent=True), 16),
+]
+
+
+def draw(*shape, dtype=torch.bfloat16, scale=1.0, device="cpu"):
+    values = (scale * torch.randn(shape, device=device)).to(dtype)
+    return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
+
+
+def inputs(b, c, h, w, o, dtype=torch.bfloat16, device="cpu", window=3, stride=1, offset=0.0):
+    """Arguments of conv2d with everything in the epilogue; means of `offset` in the output."""
+    size = {"dtype": dtype, "device": device}
+    p, q = ((n + 2 * (window // 2) - window) // stride + 1 for n in (h, w))
+    weight = draw(o, c, window, window, scale=(window**2 * c) ** -0.5, **size)
+    args = draw(b, c, h, w, **size), weight, draw(o, **size) + offset
+    return *args, stride, window // 2, draw(b, o, **size), draw(b, o, p, q, **size)
+
+
+def check_sums(out, sums, unit):
+    """The merged sums are those of the output as it was rounded."""
+    found = page.merged(sums.double())
+    count, mean, m2 = page.merged(page.sums_torch(out.double(), unit).double()).unbind(-1)
+    deviation = (m2 / count).sqrt()
+    assert torch.equal(found[..., 0], count)
+    assert ((found[..., 1] - mean).abs() <= 1e-6 * mean.abs() + 1e-5 * deviation).all()
+    assert ((found[..., 2] / m2.clamp_min(1e-30) - 1).abs() <= 1e-4)[m2 > 0].all()
+
+
+def check_output(args, out, **options):
+    plain = page.conv2d_fused_torch(*args, **options)[0]
+    doubled = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+    truth = page.conv2d_fused_torch(*doubled, **options)[0]
+    result = parity.judge(out, plain, truth)
+    assert result.passed, result
+
+
+@pytest.mark.parametrize(("tile", "unit"), SUMMED, ids=str)
+def test_emulated_sums(tile, unit):
+    """Edges cut in both directions, O past the last tile."""
+    args = inputs(2, 72, 11, 9, 80)
+    out, sums = conv2d_fused_sm90a(*args, unit=unit, tile=tile)
+    check_output(args, out)
+    check_sums(out, sums, unit)
+
+
+def test_emulated_sums_of_large_means():
+    args = inputs(1, 16, 9, 9, 40, torch.float16, offset=1000.0)
+    out, sums = conv2d_fused_sm90a(*args, unit=10, tile=PATCH)
+    check_sums(out, sums, 10)
+
+
+def test_emulated_sums_of_four_parities():
+    x, weight = draw(2, 24, 5, 9), draw(40, 24, 3, 3, scale=0.07)
+    out, sums = conv2d_fused_sm90a(x, weight, None, 1, 1, upsample=True, unit=10, tile=PATCH)
+    check_output((x, weight, None, 1, 1), out, upsample=True)
+    check_sums(out, sums, 10)
+
+
+def test_emulated_silu_precedes_the_sums():
+    args = inputs(1, 24, 9, 7, 32, torch.float16, stride=2)
+    out, sums = conv2d_fused_sm90a(*args, unit=4, activation="silu", tile=Tile(1, 32))
+    check_output(args, out, activation="silu")
+    check_sums(out, sums, 4)
+
+
+def test_emulated_sums_every_time_the_same():
+    args = inputs(1, 128, 8, 8, 40)
+    tile = Tile(1, 48, split=2, patch=True)
+    (out, sums), again = (conv2d_fused_sm90a(*args, unit=10, tile=tile) for _ in range(2))
+    assert torch.equal(out, again[0]) and torch.equal(sums, again[1])
+
+
+@pytest.mark.parametrize(("tile", "unit"), SUMMED, ids=str)
+def test_assembles_without_spills(tile, unit):
+    fitted = tile.fitted(4, 3, 3)
+    text = program(fitted, 3, 3, 1, "bf16", unit=unit, silu=True).text
+    report = assembler.ptxas(text, "sm_90a", ("-v",))[1]
+    assert " 0 bytes spill stores, 0 bytes spill loads" in report and "C75" not in report
+
+
+def test_a_slice_narrower_than_a_unit_is_an_error():
+    with pytest.raises(ValueError, match="cannot sum 40 channels"):
+        tile = Tile(1, 64, split=5, patch=True)
+        conv2d_fused_sm90a(*inputs(1, 64, 4, 4, 80), unit=40, tile=tile)
+
+
+# torch's form
+
+
+def test_sums_make_the_group_norm():
+    """Over a skip whose channels share a group with x's."""
+    x, skip = torch.randn(2, 40, 6, 5).double() + 50, torch.randn(2, 20, 6, 5).double()
+    scale, shift = torch.randn(60).double(), torch.randn(60).double()
+    sums = (page.sums_torch(t, 10) for t in (x, skip))
+    norm = page.Norm(next(sums), 2, scale, shift, next(sums))
+    weight = torch.randn(10, 60, 3, 3).double()
+    args = (x, weight, None, 1, 1, None, None, skip)
+    out, found = page.conv2d_fused(*args, norm=norm, unit=10, backend="torch")
+    joined = F.silu(reference.group_norm(torch.cat([x, skip], 1), 2, scale, shift))
+    expected = reference.conv2d(joined, weight, None, 1, 1)
+    assert torch.allclose(out, expected, rtol=1e-4, atol=1e-3)
+    check_sums(out, found, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"unit": 3}, "unit must be even"),
+        ({"unit": 24}, "unit must be even and divide O"),
+        ({"activation": "relu"}, "activation must be 'silu'"),
+        ({"backend": "cuda"}, "unknown backend 'cuda'"),
+    ],
+)
+def test_refusals(change, reason):
+    values = {"x": draw(1, 16, 4, 4), "weight": draw(40, 16, 3, 3), "padding": 1} | change
+    with pytest.raises(ValueError, match=reason):
+        page.conv2d_fused(**values)
+
+
+def test_sums_that_do_not_fit_the_groups_are_an_error():
+    x, norm = draw(1, 40, 4, 4), draw(40)
+    sums = page.sums_torch(x, 20)
+    with pytest.raises(ValueError, match="groups of 10 channels need sums of one divisor"):
+        page.conv2d_fused(x, draw(8, 40, 3, 3), padding=1, norm=page.Norm(sums, 4, norm, norm))
+
+
+@pytest.mark.gpu
+def test_random_sums_on_the_gpu(seed):
+    dice = random.Random(seed)
+    for _ in range(40):
+        b, h, w, o = dice.randint(1, 3), dice.randint(1, 70), dice.randint(1, 70), 80
+        c, window, stride = 8 * dice.randint(1, 40), dice.choice([1, 3]), dice.choice([1, 1, 2])
+        args = inputs(b, c, h, w, o, torch.bfloat16, "cuda", window, stride)
+        fits = candidates(window**2 * -(-c // 64), window, window, stride)
+        tile = dice.choice([t for t in fits if t.sum_slots(10)])
+        out, sums = conv2d_fused_sm90a(*args, unit=10, tile=tile)
+        check_output(args, out)
+        check_sums(out, sums, 10)
