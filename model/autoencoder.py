@@ -9,13 +9,14 @@ bright object in one corner change the colours of another, which shows as flicke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirage_hello.kernels import ops
 from mirage_hello.model.blocks import channels_last
+from mirage_hello.model.layers import Image, convolve
 
 FACTOR = 8  # three halvings: one by space_to_depth, two by convolutions of stride 2
 
@@ -63,10 +64,8 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = ops.silu(x)  # one name: what is not needed any more is freed at once
-        h = ops.conv2d(h, self.conv1.weight, self.conv1.bias, padding=1)
-        h = ops.silu(h)
-        return ops.conv2d(h, self.conv2.weight, self.conv2.bias, padding=1, residual=x)
+        h = convolve(Image(ops.silu(x)), self.conv1, silu=True)
+        return convolve(h, self.conv2, residual=x).pixels
 
 
 class Encoder(nn.Module):
@@ -77,7 +76,7 @@ class Encoder(nn.Module):
         half, quarter, eighth = config.channels
         self.conv_in = nn.Conv2d(12, half, 3, padding=1)
         self.levels = nn.ModuleList(_blocks(c, n) for c, n in _widths(config))
-        self.downsamplers = nn.ModuleList(
+        self.downsamplers: Any = nn.ModuleList(
             [
                 nn.Conv2d(half, quarter, 3, stride=2, padding=1),
                 nn.Conv2d(quarter, eighth, 3, stride=2, padding=1),
@@ -86,12 +85,11 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(eighth, config.latent_channels, 3, padding=1)
 
     def forward(self, frames: Tensor) -> Tensor:
-        x = ops.conv2d(space_to_depth(frames), self.conv_in.weight, self.conv_in.bias, padding=1)
+        x = convolve(Image(space_to_depth(frames)), self.conv_in).pixels
         x = _run(self.levels[0], x)
         for down, level in zip(self.downsamplers, self.levels[1:], strict=True):
-            x = ops.conv2d(x, down.weight, down.bias, stride=2, padding=1)
-            x = _run(level, x)
-        return ops.conv2d(x, self.conv_out.weight, self.conv_out.bias, padding=1)
+            x = _run(level, convolve(Image(x), down).pixels)
+        return convolve(Image(x), self.conv_out).pixels
 
 
 class Decoder(nn.Module):
@@ -102,20 +100,17 @@ class Decoder(nn.Module):
         half, quarter, eighth = config.channels
         self.conv_in = nn.Conv2d(config.latent_channels, eighth, 3, padding=1)
         self.levels = nn.ModuleList(_blocks(c, n) for c, n in reversed(_widths(config)))
-        self.upsamplers = nn.ModuleList(
+        self.upsamplers: Any = nn.ModuleList(
             [nn.Conv2d(eighth, quarter, 3, padding=1), nn.Conv2d(quarter, half, 3, padding=1)]
         )
         self.conv_out = nn.Conv2d(half, 12, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = ops.conv2d(latents, self.conv_in.weight, self.conv_in.bias, padding=1)
+        x = convolve(Image(latents), self.conv_in).pixels
         x = _run(self.levels[0], x)
         for up, level in zip(self.upsamplers, self.levels[1:], strict=True):
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-            x = ops.conv2d(x, up.weight, up.bias, padding=1)
-            x = _run(level, x)
-        x = ops.conv2d(ops.silu(x), self.conv_out.weight, self.conv_out.bias, padding=1)
-        return depth_to_space(x)
+            x = _run(level, convolve(Image(x), up, upsample=True).pixels)
+        return depth_to_space(convolve(Image(ops.silu(x)), self.conv_out).pixels)
 
 
 def _widths(config: AutoencoderConfig) -> list[tuple[int, int]]:

@@ -15,14 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirage_hello.kernels import ops
+from mirage_hello.model.layers import Image, convolve, normalise
 
 RESNET_EPS = 1e-5  # Stable Diffusion 1.5's values: 1e-5 in residual blocks,
 TRANSFORMER_EPS = 1e-6  # 1e-6 in the GroupNorm ahead of a transformer
-
-
-def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """silu(GroupNorm(x)) with the parameters of `norm`, as one op."""
-    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 def channels_last(module: nn.Module) -> None:
@@ -31,15 +27,17 @@ def channels_last(module: nn.Module) -> None:
 
 
 class ResnetBlock(nn.Module):
-    """y = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + bias))).
+    """y = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + bias))), x = cat([x, skip]).
 
     bias: [B, C_out], from the noise level.
-    The bias is added inside the first convolution and the shortcut inside the second: four ops a
-    block, five where the width changes.
+    The bias is added inside the first convolution and the shortcut inside the second: two launches
+    a block where the convolutions normalise what they read, else four; one more where the width
+    changes.
     """
 
-    def __init__(self, c_in: int, c_out: int, embedding: int, groups: int) -> None:
+    def __init__(self, c_in: int, c_out: int, embedding: int, groups: int, unit: int = 0) -> None:
         super().__init__()
+        self.unit = unit
         self.norm1 = nn.GroupNorm(groups, c_in, eps=RESNET_EPS)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding, c_out)
@@ -51,13 +49,11 @@ class ResnetBlock(nn.Module):
         """The channel bias [B, C_out] for one noise level; `embedding` is silu(time embedding)."""
         return ops.linear(embedding, self.time_emb_proj.weight, self.time_emb_proj.bias)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        h = group_norm_silu(x, self.norm1)
-        h = ops.conv2d(h, self.conv1.weight, self.conv1.bias, padding=1, channel_bias=bias)
-        h = group_norm_silu(h, self.norm2)
+    def forward(self, x: Image, bias: Tensor, skip: Image | None = None) -> Image:
+        h = convolve(x, self.conv1, self.norm1, skip=skip, channel_bias=bias, unit=self.unit)
         if self.conv_shortcut is not None:
-            x = ops.conv2d(x, self.conv_shortcut.weight, self.conv_shortcut.bias)
-        return ops.conv2d(h, self.conv2.weight, self.conv2.bias, padding=1, residual=x)
+            x = convolve(x, self.conv_shortcut, skip=skip)
+        return convolve(h, self.conv2, self.norm2, residual=x.pixels, unit=self.unit)
 
 
 class SelfAttention(nn.Module):
@@ -170,13 +166,14 @@ class Transformer(nn.Module):
         """Keys and values [B, L, 2C] of the conditioning tokens for this transformer."""
         return self.transformer_blocks[0].attn2.keys_values(context)
 
-    def forward(self, x: Tensor, keys_values: Tensor) -> Tensor:
-        norm = self.norm
-        h = _tokens(ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
+    def forward(self, x: Image, keys_values: Tensor) -> Image:
+        h = _tokens(normalise(x, self.norm, silu=False).pixels)
         h = ops.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
         h = self.transformer_blocks[0](h, keys_values)
-        h = ops.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias, residual=_tokens(x))
-        return h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # channels-last again, no copy
+        residual = _tokens(x.pixels)
+        h = ops.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias, residual=residual)
+        # channels-last again, no copy
+        return Image(h.unflatten(1, x.pixels.shape[2:]).permute(0, 3, 1, 2))
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -187,24 +184,29 @@ def _tokens(x: Tensor) -> Tensor:
 class Downsample(nn.Module):
     """Half the resolution by a 3x3 convolution of stride 2 (odd sizes round up)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, unit: int = 0) -> None:
         super().__init__()
+        self.unit = unit
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=1)
+    def forward(self, x: Image) -> Image:
+        return convolve(x, self.conv, unit=self.unit)
 
 
 class Upsample(nn.Module):
     """Nearest neighbour to the size of the next skip connection, then a 3x3 convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, unit: int = 0) -> None:
         super().__init__()
+        self.unit = unit
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        x = F.interpolate(x, size=size, mode="nearest")
-        return ops.conv2d(x, self.conv.weight, self.conv.bias, padding=1)
+    def forward(self, x: Image, size: tuple[int, int]) -> Image:
+        height, width = x.pixels.shape[2:]
+        if size == (2 * height, 2 * width):
+            return convolve(x, self.conv, upsample=True, unit=self.unit)
+        larger = Image(F.interpolate(x.pixels, size=size, mode="nearest"))  # odd sizes
+        return convolve(larger, self.conv, unit=self.unit)
 
 
 class Embedding(nn.Module):

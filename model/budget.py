@@ -202,15 +202,15 @@ def _autoencoder_moments(chosen: Preset, h: int, w: int, item: int) -> Iterator[
     memory = chosen.unet.memory_channels + auto.latent_channels
     # uint8 -> float32 -> scaled -> shifted, all float32, whatever the model's dtype
     yield "frame to model", h * w * (frame + 3 * frame * 4)
-    # entry, silu, convolution
-    yield "encoder", h * w * item * (frame + memory + 3 * half * 16)
+    # entry, silu, convolution, its silu
+    yield "encoder", h * w * item * (frame + memory + 4 * half * 16)
     yield (
         "decoder at 1/4",
-        h * w * item * (memory + max(eighth * 5, eighth * 4 + quarter * 4, 3 * quarter * 4)),
+        h * w * item * (memory + max(eighth * 5, eighth * 4 + quarter * 4, 4 * quarter * 4)),
     )
     # the level below, enlarged to 1/2, convolution; then a block
     upsampled = max(quarter * 20, quarter * 16 + half * 16)
-    yield "decoder at 1/2", h * w * item * (memory + max(upsampled, 3 * half * 16))
+    yield "decoder at 1/2", h * w * item * (memory + max(upsampled, 4 * half * 16))
     yield "model to frame", h * w * (frame * item * 2 + 3 * frame * 4)
 
 

@@ -7,6 +7,7 @@ prepared once, by `noise_biases` and `context_keys`, and given to `forward` in t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,8 @@ from mirage_hello.model.blocks import (
     Transformer,
     Upsample,
     channels_last,
-    group_norm_silu,
 )
+from mirage_hello.model.layers import Image, convolve
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,15 @@ class UNetConfig:
         return 2 * self.latent_channels + self.memory_channels
 
     @property
+    def sum_unit(self) -> int:
+        """Channels that share a sum, so that sums of any two neighbouring widths make up the
+        groups of their concatenation: a divisor of every group's width, 10 for Stable Diffusion's
+        10, 20 and 40. 0 where that is odd: a convolution's epilogue holds channels in pairs.
+        """
+        unit = math.gcd(*(width // self.groups for width in self.channels))
+        return 0 if unit % 2 else unit
+
+    @property
     def embedding(self) -> int:
         """Width of the time embedding."""
         return 4 * self.channels[0]
@@ -81,12 +91,12 @@ class DownBlock(nn.Module):
         c_out = config.channels[level]
         c_in = config.channels[max(level - 1, 0)]
         self.resnets = nn.ModuleList(
-            ResnetBlock(c_in if i == 0 else c_out, c_out, config.embedding, config.groups)
+            _resnet(config, c_in if i == 0 else c_out, c_out)
             for i in range(config.blocks_per_level)
         )
         self.attentions = _transformers(config, level, config.blocks_per_level)
         last = level == len(config.channels) - 1
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out, config.sum_unit)])
 
 
 class MidBlock(nn.Module):
@@ -95,9 +105,7 @@ class MidBlock(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         width = config.channels[-1]
-        self.resnets = nn.ModuleList(
-            ResnetBlock(width, width, config.embedding, config.groups) for _ in range(2)
-        )
+        self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(2))
         self.attentions = nn.ModuleList(
             [Transformer(width, config.heads[-1], config.context_dim, config.groups)]
         )
@@ -114,11 +122,15 @@ class UpBlock(nn.Module):
         skips = [c_out] * config.blocks_per_level + [config.channels[max(level - 1, 0)]]
         inputs = [below] + [c_out] * config.blocks_per_level
         self.resnets = nn.ModuleList(
-            ResnetBlock(c_in + skip, c_out, config.embedding, config.groups)
-            for c_in, skip in zip(inputs, skips, strict=True)
+            _resnet(config, c_in + skip, c_out) for c_in, skip in zip(inputs, skips, strict=True)
         )
         self.attentions = _transformers(config, level, config.blocks_per_level + 1)
-        self.upsamplers = nn.ModuleList([] if level == 0 else [Upsample(c_out)])
+        upsamplers = [] if level == 0 else [Upsample(c_out, config.sum_unit)]
+        self.upsamplers = nn.ModuleList(upsamplers)
+
+
+def _resnet(config: UNetConfig, c_in: int, c_out: int) -> ResnetBlock:
+    return ResnetBlock(c_in, c_out, config.embedding, config.groups, config.sum_unit)
 
 
 def _transformers(config: UNetConfig, level: int, count: int) -> nn.ModuleList:
@@ -209,34 +221,32 @@ class VideoUNet(nn.Module):
                 "noisy frame, input frame, history and sink frame along the channels"
             )
         bias, key = iter(biases), iter(keys)
-        x = ops.conv2d(x, self.conv_in.weight, self.conv_in.bias, padding=1)
-        skips = [x]
+        image = convolve(Image(x), self.conv_in, unit=self.config.sum_unit)
+        skips = [image]
         for block in self.down_blocks:
             for i, resnet in enumerate(block.resnets):
-                x = self._run(resnet, x, next(bias))
+                image = self._run(resnet, image, next(bias))
                 if block.attentions:
-                    x = self._run(block.attentions[i], x, next(key))
-                skips.append(x)
+                    image = self._run(block.attentions[i], image, next(key))
+                skips.append(image)
             for downsample in block.downsamplers:
-                x = downsample(x)
-                skips.append(x)
+                image = downsample(image)
+                skips.append(image)
 
         mid = self.mid_block
-        x = self._run(mid.resnets[0], x, next(bias))
-        x = self._run(mid.attentions[0], x, next(key))
-        x = self._run(mid.resnets[1], x, next(bias))
+        image = self._run(mid.resnets[0], image, next(bias))
+        image = self._run(mid.attentions[0], image, next(key))
+        image = self._run(mid.resnets[1], image, next(bias))
 
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
-                x = torch.cat([x, skips.pop()], 1)
-                x = self._run(resnet, x, next(bias))
+                image = self._run(resnet, image, next(bias), skips.pop())
                 if block.attentions:
-                    x = self._run(block.attentions[i], x, next(key))
+                    image = self._run(block.attentions[i], image, next(key))
             for upsample in block.upsamplers:
-                x = upsample(x, skips[-1].shape[2:])
+                image = upsample(image, tuple(skips[-1].pixels.shape[2:]))
 
-        x = group_norm_silu(x, self.conv_norm_out)
-        return ops.conv2d(x, self.conv_out.weight, self.conv_out.bias, padding=1)
+        return convolve(image, self.conv_out, self.conv_norm_out).pixels
 
     def style(self, index: int) -> Tensor:
         """Conditioning tokens [1, context_tokens, context_dim] of a learned style."""
@@ -249,10 +259,10 @@ class VideoUNet(nn.Module):
             )
         return self.style_table[index : index + 1]
 
-    def _run(self, block: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, *args: Any) -> Image:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, condition, use_reentrant=False)
-        return block(x, condition)
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
 
     def _ordered(self) -> Iterator[nn.Module]:
         """Residual blocks and transformers in the order in which `_predict` runs them."""

@@ -1,0 +1,186 @@
+"""Layers of the networks on the kernels: each call is fused as far as the kernels here reach.
+
+Without a gradient, in half precision and where the policy leads to the sm_90a kernels, a
+convolution normalises its input while it reads it and leaves the sums that the next GroupNorm
+needs (kernels/conv2d_fused.py); everywhere else the same layer is a chain of registry ops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mirage_hello.kernels import conv2d_fused, ops
+from mirage_hello.kernels.call import device_arch
+from mirage_hello.kernels.policy import current
+
+HALF = (torch.bfloat16, torch.float16)
+CHANNELS = 8  # TMA moves 16 bytes: channels of a convolution come in multiples of 8
+_forced: ContextVar[str | None] = ContextVar("fused backend", default=None)
+
+
+class Image(NamedTuple):
+    """Pixels [B, C, H, W], and the sums that their producer left for a GroupNorm, or None."""
+
+    pixels: Tensor
+    sums: Tensor | None = None
+
+
+@contextlib.contextmanager
+def fusing(backend: str) -> Iterator[None]:
+    """Within the block, layers fuse by this backend of conv2d_fused, in any dtype: for tests."""
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def fused_backend(x: Tensor) -> str | None:
+    """The backend of conv2d_fused for x under the current policy; None: op by op."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    if (forced := _forced.get()) is not None:
+        return forced
+    if x.dtype not in HALF or "ptx" not in conv2d_fused.BACKENDS:
+        return None
+    wish = current.get().wishes("conv2d")[0]
+    if not x.is_cuda:
+        return "ptx" if wish == "ptx-emulated" else None
+    return "ptx" if wish in ("auto", "ptx") and device_arch(x.device) == "sm_90a" else None
+
+
+def convolve(
+    x: Image,
+    conv: nn.Conv2d,
+    norm: nn.GroupNorm | None = None,
+    *,
+    skip: Image | None = None,
+    upsample: bool = False,
+    channel_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    silu: bool = False,
+    unit: int = 0,
+) -> Image:
+    """act(conv(silu(norm(cat([x, skip])))) + channel_bias + residual), as one launch where it can.
+
+    Args:
+        x, skip: what is convolved, side by side along the channels.
+        conv, norm: the parameters; without a norm x is read as it is.
+        upsample: double the image first, nearest neighbour.
+        channel_bias: [B, O]. residual: [B, O, P, Q].
+        silu: of the result. unit: channels that share a sum in the result; 0: no sums.
+    """
+    backend = fused_backend(x.pixels)
+    statistics = None
+    if norm is not None:
+        statistics = _statistics(x, skip, norm) if backend else None
+        if statistics is None:
+            x, skip = normalise(x, norm, skip), None
+    weight, bias = (conv.weight, conv.bias) if backend is None else padded(conv)
+    pixels, outputs = _pad_channels(x.pixels, weight, skip), conv.out_channels
+    stride, padding = conv.stride[0], int(conv.padding[0])
+    args = (stride, padding, channel_bias, residual, skip and skip.pixels, upsample)
+    if backend is None or not (statistics or silu or unit):
+        out = _first_channels(ops.conv2d(pixels, weight, bias, *args), outputs)
+        return Image(ops.silu(out) if silu else out)
+    out, sums = conv2d_fused.conv2d_fused(
+        pixels, weight, bias, *args, norm=statistics, unit=unit,
+        activation="silu" if silu else None, backend=backend,
+    )  # fmt: skip
+    return Image(_first_channels(out, outputs), sums)
+
+
+def normalise(x: Image, norm: nn.GroupNorm, skip: Image | None = None, silu: bool = True) -> Image:
+    """silu(GroupNorm(cat([x, skip]))) as one op."""
+    pixels = x.pixels if skip is None else torch.cat([x.pixels, skip.pixels], 1)
+    op = ops.group_norm_silu if silu else ops.group_norm
+    return Image(op(pixels, norm.num_groups, norm.weight, norm.bias, norm.eps))
+
+
+def _statistics(x: Image, skip: Image | None, norm: nn.GroupNorm) -> conv2d_fused.Norm | None:
+    """What the convolution needs to normalise while it reads; None where a producer left none."""
+    if x.sums is None or (skip is not None and skip.sums is None):
+        return None
+    skip_sums = None if skip is None else skip.sums
+    return conv2d_fused.Norm(x.sums, norm.num_groups, norm.weight, norm.bias, skip_sums, norm.eps)
+
+
+# Weights made of weights
+
+
+@dataclass
+class _Made:
+    sources: tuple[Tensor, ...]
+    make: Callable[[], tuple[Tensor, ...]]
+    state: list[tuple[int, int]]
+    tensors: tuple[Tensor, ...]
+
+
+def derived(
+    module: nn.Module, sources: tuple[Tensor, ...], make: Callable[[], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """`make()`, kept with the module, and made again when one of the sources has changed.
+
+    In the same memory where the shapes allow it, because a captured graph holds the addresses; a
+    graph does not come by here, so `remake` follows a change of weights in place.
+    """
+    state = [(t.data_ptr(), t._version) for t in sources]
+    made: _Made | None = module.__dict__.get("_derived")
+    if made is None or made.state != state:
+        tensors = make()
+        if made is not None and _alike(made.tensors, tensors):
+            for old, new in zip(made.tensors, tensors, strict=True):
+                old.copy_(new)
+            tensors = made.tensors
+        made = module.__dict__["_derived"] = _Made(sources, make, state, tensors)
+    return made.tensors
+
+
+def remake(model: nn.Module) -> None:
+    """Bring every derived weight of a model up to date."""
+    for module in model.modules():
+        made: _Made | None = module.__dict__.get("_derived")
+        if made is not None:
+            derived(module, made.sources, made.make)
+
+
+def _alike(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> bool:
+    return all(
+        (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+        for a, b in zip(old, new, strict=True)
+    )
+
+
+def padded(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias with zeros up to multiples of 8 channels in and out: 28 -> 320 is 32 -> 320,
+    320 -> 4 is 320 -> 8, and both run on the tensor cores."""
+    weight, bias = conv.weight, conv.bias
+    missing_out, missing_in = -conv.out_channels % CHANNELS, -conv.in_channels % CHANNELS
+    if not missing_out and not missing_in:
+        return weight, bias
+
+    def make() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            wide = F.pad(weight, (0, 0, 0, 0, 0, missing_in, 0, missing_out))
+            wide = wide.contiguous(memory_format=torch.channels_last)
+            return (wide,) if bias is None else (wide, F.pad(bias, (0, missing_out)))
+
+    made = derived(conv, (weight,) if bias is None else (weight, bias), make)
+    return made[0], made[1] if len(made) > 1 else None
+
+
+def _first_channels(x: Tensor, count: int) -> Tensor:
+    return x if x.shape[1] == count else x[:, :count]
+
+
+def _pad_channels(x: Tensor, weight: Tensor, skip: Image | None) -> Tensor:
+    missing = weight.shape[1] - x.shape[1] - (0 if skip is None else skip.pixels.shape[1])
+    return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
