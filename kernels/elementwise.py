@@ -8,6 +8,7 @@ Every backend but torch treats its tensors as flat memory: any dense layout will
 rounding to the result's dtype at the end.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -114,8 +115,17 @@ def cut(x: Tensor) -> tuple[int, int]:
     return (256, 4) if 2**23 <= x.nbytes <= 2**25 else (128, 1)
 
 
-# A source for threads of a block and vectors of a thread.
-Source = Callable[[torch.dtype, int, int], loader.Program]
+# A source for a tensor's dtype and device, threads of a block and vectors of a thread.
+Source = Callable[[Tensor, int, int], loader.Program]
+
+
+@functools.cache
+def overlaps(device: int) -> bool:
+    """Whether a kernel may start on the device while the one before it still runs (sm_90 on).
+
+    -1 is the CPU, where the emulator checks that nothing is touched before the wait.
+    """
+    return device < 0 or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def silu_torch(x: Tensor) -> Tensor:
@@ -131,7 +141,7 @@ def silu_with(
             entry, n = f"silu_{SUFFIX[x.dtype]}", x.numel()
             threads, vecs = cut(x)
             grid = (blocks(n, x, threads * vecs), 1, 1)
-            program(x.dtype, threads, vecs).launch(entry, grid, (threads, 1, 1), (x, out, n))
+            program(x, threads, vecs).launch(entry, grid, (threads, 1, 1), (x, out, n))
         return out
 
     return silu
@@ -152,7 +162,7 @@ def axpby_with(
         grid = (blocks(n, x, threads * vecs), min(samples, MAX_GRID_Y), 1)
         args = (x, y, out, a_each, b_each, n, samples, a, b)
         entry = f"axpby_{SUFFIX[x.dtype]}"
-        program(x.dtype, threads, vecs).launch(entry, grid, (threads, 1, 1), args)
+        program(x, threads, vecs).launch(entry, grid, (threads, 1, 1), args)
         return out
 
     return axpby
@@ -164,14 +174,16 @@ def blocks(n: int, x: Tensor, block_vectors: int) -> int:
 
 
 def ptx_program(name: str) -> Source:
-    def program(dtype: torch.dtype, threads: int, vecs: int) -> loader.Program:
-        return loader.program(name, dtype=SUFFIX[dtype], THREADS=threads, VECS=vecs)
+    def program(x: Tensor, threads: int, vecs: int) -> loader.Program:
+        overlap = overlaps(x.get_device())
+        dtype = SUFFIX[x.dtype]
+        return loader.program(name, dtype=dtype, THREADS=threads, VECS=vecs, OVERLAP=overlap)
 
     return program
 
 
-def cuda_program(dtype: torch.dtype, threads: int, vecs: int) -> loader.Program:
-    defines = {"ELEMENT": CUDA_TYPE[dtype], "SUFFIX": SUFFIX[dtype]}
+def cuda_program(x: Tensor, threads: int, vecs: int) -> loader.Program:
+    defines = {"ELEMENT": CUDA_TYPE[x.dtype], "SUFFIX": SUFFIX[x.dtype]}
     sizes = {"THREADS": str(threads), "VECS": str(vecs)}
     return loader.cuda_program("elementwise", defines=defines | sizes)
 

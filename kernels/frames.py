@@ -18,6 +18,7 @@ from mirage_hello.kernels.elementwise import (
     OTHER_BACKENDS,
     SUFFIX,
     imported,
+    overlaps,
 )
 from mirage_hello.kernels.kernel import FLOATS, Kernel
 from mirage_hello.kernels.registry import Op, define, register
@@ -72,29 +73,29 @@ def supports_layout(call: Call) -> str | None:
 # PTX and CUDA C++
 
 
-def frame_to_model_with(program: Callable[[torch.dtype], loader.Program]) -> Callable[..., Tensor]:
+def frame_to_model_with(program: Callable[[Tensor], loader.Program]) -> Callable[..., Tensor]:
     def frame_to_model(frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         out = torch.empty(frames.shape, dtype=dtype, device=frames.device)
         if out.numel():
-            launch_flat(program(dtype), f"frame_to_model_{SUFFIX[dtype]}", frames, out, out)
+            launch_flat(program(out), f"frame_to_model_{SUFFIX[dtype]}", frames, out, out)
         return out.permute(0, 3, 1, 2)
 
     return frame_to_model
 
 
-def model_to_frame_with(program: Callable[[torch.dtype], loader.Program]) -> Callable[..., Tensor]:
+def model_to_frame_with(program: Callable[[Tensor], loader.Program]) -> Callable[..., Tensor]:
     def model_to_frame(x: Tensor) -> Tensor:
         images, _, height, width = x.shape
         out = torch.empty(images, height, width, CHANNELS, dtype=torch.uint8, device=x.device)
         if x.numel() == 0:
             return out
         if x.permute(0, 2, 3, 1).is_contiguous():
-            launch_flat(program(x.dtype), f"model_to_frame_{SUFFIX[x.dtype]}", x, out, x)
+            launch_flat(program(x), f"model_to_frame_{SUFFIX[x.dtype]}", x, out, x)
         else:
             pixels = height * width
             grid = (-(-pixels // THREADS), min(images, MAX_GRID_Y), 1)
             entry, args = f"model_to_frame_planar_{SUFFIX[x.dtype]}", (x, out, pixels, images)
-            program(x.dtype).launch(entry, grid, (THREADS, 1, 1), args)
+            program(x).launch(entry, grid, (THREADS, 1, 1), args)
         return out
 
     return model_to_frame
@@ -109,14 +110,15 @@ def launch_flat(
     program.launch(entry, grid, (THREADS, 1, 1), (source, out, model.numel()))
 
 
-def ptx_program(dtype: torch.dtype) -> loader.Program:
-    return loader.program("frame", dtype=SUFFIX[dtype], THREADS=THREADS)
+def ptx_program(model: Tensor) -> loader.Program:
+    overlap = overlaps(model.get_device())
+    return loader.program("frame", dtype=SUFFIX[model.dtype], THREADS=THREADS, OVERLAP=overlap)
 
 
-def cuda_program(dtype: torch.dtype) -> loader.Program:
+def cuda_program(model: Tensor) -> loader.Program:
     defines = {
-        "ELEMENT": CUDA_TYPE[dtype],
-        "SUFFIX": SUFFIX[dtype],
+        "ELEMENT": CUDA_TYPE[model.dtype],
+        "SUFFIX": SUFFIX[model.dtype],
         "THREADS": str(THREADS),
         "VECS": "1",
     }

@@ -29,6 +29,7 @@ def ptx_program(
     variables |= {"REGISTERS": min(255, 65536 // (p.threads * p.blocks_per_sm) // 8 * 8)}
     variables |= {"S": p.segment} if shape.channels_last else {}
     variables |= {"CLUSTER": p.cluster} if p.passes == 1 else {}
+    variables |= {"OVERLAP": shape.clusters}
     if shape.channels_last:
         variables |= sizes(shape, p) | {"BLOCKS_PER_SM": p.blocks_per_sm}
         variables |= {"STAGING": p.staging} if p.passes == 1 else {}

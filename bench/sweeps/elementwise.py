@@ -54,12 +54,12 @@ def variants(size_bytes: int) -> list[tuple[int, int, str, str]]:
 
 def program(op: str, dtype: torch.dtype, variant: tuple[int, int, str, str]) -> loader.Program:
     variables = dict(zip(("THREADS", "VECS", "LOAD", "STORE"), variant, strict=True))
-    return loader.program(op, dtype=SUFFIX[dtype], **variables)
+    return loader.program(op, dtype=SUFFIX[dtype], OVERLAP=True, **variables)
 
 
 def kernel(op: str, variant: tuple[int, int, str, str]) -> Callable[..., Tensor]:
     make = silu_with if op == "silu" else axpby_with
-    return make(lambda dtype, threads, vecs: program(op, dtype, variant), lambda x: variant[:2])
+    return make(lambda x, threads, vecs: program(op, x.dtype, variant), lambda x: variant[:2])
 
 
 def run_case(name: str) -> dict:
