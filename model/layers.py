@@ -23,7 +23,8 @@ from mirage_hello.kernels.policy import current
 
 HALF = (torch.bfloat16, torch.float16)
 CHANNELS = 8  # TMA moves 16 bytes: channels of a convolution come in multiples of 8
-_forced: ContextVar[str | None] = ContextVar("fused backend", default=None)
+# A backend of conv2d_fused, None for op by op, or what the policy says.
+_chosen: ContextVar[str | None] = ContextVar("fused backend", default="policy")
 
 
 class Image(NamedTuple):
@@ -34,21 +35,21 @@ class Image(NamedTuple):
 
 
 @contextlib.contextmanager
-def fusing(backend: str) -> Iterator[None]:
-    """Within the block, layers fuse by this backend of conv2d_fused, in any dtype: for tests."""
-    token = _forced.set(backend)
+def fusing(backend: str | None) -> Iterator[None]:
+    """Within the block, layers fuse by this backend of conv2d_fused in any dtype; None: not."""
+    token = _chosen.set(backend)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _chosen.reset(token)
 
 
 def fused_backend(x: Tensor) -> str | None:
     """The backend of conv2d_fused for x under the current policy; None: op by op."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    if (forced := _forced.get()) is not None:
-        return forced
+    if (chosen := _chosen.get()) != "policy":
+        return chosen
     if x.dtype not in HALF or "ptx" not in conv2d_fused.BACKENDS:
         return None
     wish = current.get().wishes("conv2d")[0]

@@ -1,0 +1,37 @@
+"""The shares of a frame: overlapping kernels are counted once, and gaps are idle."""
+
+import pytest
+
+from mirage_hello.bench import frame_profile
+
+
+def events() -> list[dict]:
+    frame = {"cat": "user_annotation", "name": "frame 0", "ts": 0.0, "dur": 100.0}
+    kernels = [
+        ("kernel", "conv2d_bf16", 10.0, 20.0),
+        ("kernel", "linear_bf16", 25.0, 15.0),  # 5 us under the convolution
+        ("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 50.0, 10.0),  # after 10 us of nothing
+        ("kernel", "conv2d_bf16", 150.0, 7.0),  # of the next frame
+    ]
+    return [frame, *({"cat": c, "name": n, "ts": t, "dur": d} for c, n, t, d in kernels)]
+
+
+def test_shares_add_up_to_the_frame():
+    found = frame_profile.summary(events())
+    assert found["span_us"] == pytest.approx(50) and found["busy_us"] == pytest.approx(40)
+    assert found["idle_share"] == pytest.approx(0.2) and found["launches"] == 3
+    assert found["families"] == {"convolution": 20, "linear": 10, "copies over the bus": 10}
+    assert found["kernels"][0] == {
+        "name": "conv2d_bf16", "family": "convolution", "calls": 1, "us": 20,
+    }  # fmt: skip
+
+
+def test_kernels_of_torch_have_families():
+    names = {
+        "void at::native::elementwise_kernel<128, 4, ...>": "elementwise",
+        "nvjet_tst_64x8_64x16_4x1_v_bz_TNT": "linear",
+        "sm90_xmma_fprop_implicit_gemm_bf16": "convolution",
+        "void at::native::(anonymous namespace)::CatArrayBatchedCopy": "copies on the device",
+        "something_new": "other",
+    }
+    assert {name: frame_profile.family(name) for name in names} == names
