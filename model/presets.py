@@ -27,17 +27,21 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    # 14,464,868 parameters: runs on a CPU, ships with trained weights.
+    # 10,692,552 parameters: runs on a CPU, ships with trained weights. With its autoencoder's
+    # 685,460 they are 22.8 MB in bfloat16. Eight latent channels, since 4 for each 8 x 8 pixels
+    # lose textures that an autoencoder of this size cannot make up.
     "tiny": Preset(
         UNetConfig(
-            channels=(64, 96, 128, 192),
-            heads=(2, 3, 4, 6),  # head dimension 32 everywhere
+            channels=(64, 96, 128, 160),
+            heads=(2, 3, 4, 5),  # head dimension 32 everywhere
             transformers=(False, True, True, True),  # none on the 1/8 grid: most pixels, least gain
             blocks_per_level=1,
+            latent_channels=8,
+            context_dim=256,
             context_tokens=4,
             styles=16,
         ),
-        AutoencoderConfig(channels=(32, 64, 96)),
+        AutoencoderConfig(channels=(32, 64, 96), latent_channels=8),
         DenoiserConfig("edm"),
     ),
     # 389,763,140 parameters: Stable Diffusion 1.5 at 0.65 to 0.70 of its widths, head dimensions

@@ -33,6 +33,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--resume-from", type=Path, help="go on from the folder of a --compact")
     parser.add_argument("--compact", type=Path, help="also keep a small copy of the state here")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
+    parser.add_argument("--profile", action="store_true", help="write the slowest kernels")
     parser.add_argument("--export", type=Path, help="write the model of --resume-from, and stop")
     parser.add_argument("--list", action="store_true", help="print the settings, and stop")
     add_device(parser)
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         options = Options(
             resume=args.resume, resume_from=args.resume_from, minutes=args.minutes,
             device=args.device, tensorboard=args.tensorboard, compact=args.compact,
-            quiet=args.json,
+            quiet=args.json, profile=args.profile,
         )  # fmt: skip
         finished = train(config, args.out, options)
     except TrainingError as error:

@@ -5,6 +5,8 @@ memory: 14 x 110 x 12 B = 18 kB a ray. Here a ray reads its cells' rows (14 x 32
 The arithmetic is that of `raycast.cell_hits`, in the same order.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -167,3 +169,24 @@ def trace(scene, o: tuple, d: tuple, cells: int) -> tuple[Tensor, Tensor, Tensor
         origin, direction, distance, code, cell_x, cell_z, rays, cells, balloons.shape[1], BLOCK,
     )  # fmt: skip
     return distance, code, cell_x, cell_z
+
+
+@cache
+def refusal(device: torch.device) -> str | None:
+    """Why the kernel cannot be used on a device: what failed, or where it differs; None if it can.
+
+    Two small frames by both ways. Rounding may move a ray across an edge, so one in 500 may differ.
+    """
+    from mirage_hello.model.data.worlds import WorldConfig, Worlds
+
+    shots = []
+    for fused in (False, True):
+        worlds = Worlds(WorldConfig(64, 64, 1, fused=fused), device)
+        try:
+            shots.append(worlds.render(worlds.clips([5, 6]), [40, 90], ["clay", "clay"]))
+        except Exception as error:  # a compiler's errors have no common class
+            return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    apart = [((a - b).abs() > 0.02 * a.abs() + 0.02).float().mean() for a, b in
+             ((shots[0].depth, shots[1].depth), (shots[0].target, shots[1].target))]  # fmt: skip
+    share = float(torch.stack(apart).max())
+    return f"{share:.2%} of the pixels differ" if not share < 0.002 else None

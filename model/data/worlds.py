@@ -29,7 +29,8 @@ class WorldConfig:
     height, width in pixels; supersample: rays per pixel and axis; fov: vertical field of view in
     radians; cut_frames: mean frames between scene cuts (0: none); cells, shadow_cells: how far
     rays go, in city cells; view: "plain" (flat shaded, as an engine's debug view) or "camera".
-    fused traces the rays in one Triton kernel (CUDA).
+    fused traces the rays in one Triton kernel (CUDA). motion=False leaves motion, previous_depth
+    and cut at zero, for training.
     """
 
     height: int = 256
@@ -40,6 +41,7 @@ class WorldConfig:
     cells: int = 14
     view: str = "plain"
     fused: bool = False
+    motion: bool = True
 
 
 @dataclass
@@ -156,6 +158,9 @@ class Worlds:
     def motion(self, look: Look, clips: City, frames: Tensor, camera: Camera):
         """(motion [B, 2, h, w] in rays, previous distance [B, 1, h, w], cut [B])."""
         scene, hits = look.scene, look.hits
+        if not self.config.motion:
+            none = torch.zeros_like(hits.distance).view(-1, 1, look.height, look.width)
+            return none.expand(-1, 2, -1, -1), none, torch.zeros_like(frames, dtype=torch.bool)
         earlier = c.camera_at(clips.seeds, frames - 1, self.config.cut_frames)
         points = [p.clone() for p in hits.points]
         for axis, code, lane in ((0, r.CAR_X, hits.cell_z), (2, r.CAR_Z, hits.cell_x)):

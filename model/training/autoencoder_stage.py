@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirage_hello.model.autoencoder import Autoencoder
+from mirage_hello.model.training.capture import Captured
 from mirage_hello.model.training.config import TrainConfig
-from mirage_hello.model.training.optimise import Optimiser, autocast
+from mirage_hello.model.training.optimise import Optimiser, alone_in_half, autocast
 from mirage_hello.model.training.parallel import Workers
 from mirage_hello.model.training.pool import FramePool
 
@@ -43,10 +46,10 @@ class AutoencoderLoss(nn.Module):
 
     def forward(self, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """noise: standard normal of the latents' shape."""
-        latents = self.autoencoder.encode(frames)
+        latents = self.autoencoder.encode(frames.to(self.autoencoder.encoder.conv_in.weight.dtype))
         deviation = latents.detach().float().std()
         noisy = latents + LATENT_NOISE * deviation * noise
-        decoded = self.autoencoder.decode(noisy).float()
+        decoded = self.autoencoder.decode(noisy.to(latents.dtype)).float()
         excess = (latents.float().square().mean() - 1).clamp_min(0)
         loss = pyramid_loss(decoded, frames) + LATENT_DECAY * excess
         return loss, (decoded - frames).square().mean()
@@ -63,9 +66,13 @@ class AutoencoderStage:
         self.autoencoder = autoencoder.to(workers.device).train()
         # Half a million parameters: replicas even where the video model is sharded.
         self.module = workers.wrap(AutoencoderLoss(self.autoencoder), "ddp")
-        self.optimiser = Optimiser(self.module, config, config.autoencoder_lr)
+        self.half = alone_in_half(config, workers.ranks)
+        self.optimiser = Optimiser(self.module, config, config.autoencoder_lr, self.half)
         self.pool = FramePool(config, workers.device, workers.rank, workers.ranks)
         self.generator = workers.generator(config.seed, 1)
+        self.captured = Captured(
+            workers.device, self.generator, config.graphs and workers.ranks == 1
+        )
         self.batch: dict[str, Tensor] = {}
 
     def start(self) -> None:
@@ -74,19 +81,28 @@ class AutoencoderStage:
 
     def step(self, number: int, progress: float) -> dict[str, Tensor]:
         """One optimiser step; returns the metrics as tensors on the device."""
-        config = self.config
-        if number and number % config.autoencoder_refresh_every == 0:
+        if number and number % self.config.autoencoder_refresh_every == 0:
             self.pool.advance()
+        self.optimiser.prepare(progress)
+        metrics, self.batch = self.captured(number % 2, self.body)
+        return metrics
+
+    def body(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(metrics, batch) of one step, on the device alone."""
+        config = self.config
         frames = self.pool.sample(config.autoencoder_batch, self.generator)
         side = config.size // 8
         shape = (len(frames), self.autoencoder.config.latent_channels, side, side)
         noise = torch.randn(shape, generator=self.generator, device=self.workers.device)
-        self.batch = {"frames": frames, "noise": noise}
-        with autocast(config, self.workers.device):
+        with nullcontext() if self.half else autocast(config, self.workers.device):
             loss, error = self.module(frames, noise)
-        norm = self.optimiser.step(loss, progress)
+        norm = self.optimiser.apply(loss)
         # 4: the range [-1, 1] has length 2, and PSNR is for a range of length 1.
-        return {"loss": loss.detach(), "psnr": -10 * (error.detach() / 4).log10(), "norm": norm}
+        psnr = -10 * (error.detach() / 4).log10()
+        return {"loss": loss.detach(), "psnr": psnr, "norm": norm}, {
+            "frames": frames,
+            "noise": noise,
+        }
 
     @torch.no_grad()
     def finish(self) -> None:

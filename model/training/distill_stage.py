@@ -9,11 +9,10 @@ from torch import Tensor
 
 from mirage_hello.model.autoencoder import Autoencoder
 from mirage_hello.model.denoiser import Denoiser
-from mirage_hello.model.samplers import Level, euler
+from mirage_hello.model.training.capture import Captured
 from mirage_hello.model.training.config import TrainConfig
-from mirage_hello.model.training.optimise import autocast
 from mirage_hello.model.training.parallel import Workers
-from mirage_hello.model.training.video_stage import Batch, StyledDenoiser, VideoStage
+from mirage_hello.model.training.video_stage import StyledDenoiser, VideoStage
 
 
 class DistillStage(VideoStage):
@@ -39,49 +38,40 @@ class DistillStage(VideoStage):
         self.steps = config.distill_steps
         self.optimiser.lr = config.distill_lr
         self.generator = workers.generator(config.seed, 3)
+        self.captured = Captured(
+            workers.device, self.generator, config.graphs and workers.ranks == 1
+        )
+        if self.half:
+            teacher.bfloat16()
 
-    def step(self, number: int, progress: float) -> dict[str, Tensor]:
-        """One optimiser step, then one frame of every live stream (by the student)."""
-        config, device = self.config, self.workers.device
-        batch = self.next_batch(number, 1.0)
+    def body(self, rolls: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(metrics, batch) of one step, on the device alone; the student moves the streams."""
+        batch = self.next_batch()
         sigmas = self.denoiser.sigmas(2)
-        noise = torch.randn(batch.target.shape, generator=self.generator, device=device)
-        x = sigmas[0] * noise
-        self.batch = {"x": x, **vars(batch)}
+        x = self.start_noise(batch.target)
+        kept = {"x": x, **vars(batch)}
         with torch.no_grad():
-            goal = self.teach(x, batch)
-        first = self.student(x, sigmas[0], batch)
-        with torch.no_grad():
-            x = x + (sigmas[1] - sigmas[0]) * (x - first) / sigmas[0]
-        second = self.student(x, sigmas[1], batch)
-        loss, error = torch.zeros((), device=device), torch.zeros((), device=device)
+            goal = self.trace(self.teacher, x, batch, self.config.teacher_steps)
+        first = self.evaluate(self.module, x, sigmas[0], batch)
+        x = x + (sigmas[1] - sigmas[0]) * (x - first.detach()) / sigmas[0]
+        second = self.evaluate(self.module, x, sigmas[1], batch)
+        loss, error = torch.zeros_like(goal[0, 0, 0, 0]), torch.zeros_like(goal[0, 0, 0, 0])
         for student in (first, second):
             to_teacher = (student - goal).square().mean()
             to_truth = (student - batch.target).square().mean()
-            loss = loss + to_teacher + config.truth_weight * to_truth
+            loss = loss + to_teacher + self.config.truth_weight * to_truth
             error = error + 0.5 * to_teacher.detach()
         loss = loss / self.denoiser.config.sigma_data**2
-        norm = self.optimiser.step(loss, progress)
+        norm = self.optimiser.apply(loss)
         metrics = {"loss": loss.detach(), "error": error, "norm": norm}
         if self.streams:
-            metrics["rollout_error"] = self.roll(batch, 1 + number % 2)
-        return metrics
+            metrics["rollout_error"] = self.roll(rolls)
+        return metrics, kept
 
-    def teach(self, x: Tensor, batch: Batch) -> Tensor:
-        """The teacher's frame from x by Euler steps."""
-
-        def denoise(x: Tensor, sigma: Level, step: int) -> Tensor:
-            levels = torch.full((len(x),), float(sigma), device=x.device)
-            with autocast(self.config, x.device):
-                return self.teacher(x, levels, batch.inputs, batch.styles, batch.level).float()
-
-        return euler(denoise, x, self.denoiser.sigmas(self.config.teacher_steps))
-
-    def student(self, x: Tensor, sigma: float, batch: Batch) -> Tensor:
-        """S(x; sigma), with gradient."""
-        levels = torch.full((len(x),), float(sigma), device=x.device)
-        with autocast(self.config, x.device):
-            return self.module(x, levels, batch.inputs, batch.styles, batch.level).float()
+    def prepare(self, number: int, progress: float) -> None:
+        """The student's streams are as long as the teacher's at the end, whatever the progress."""
+        super().prepare(number, progress)
+        self.longest.fill_(self.config.rollouts[-1])
 
     def state_dict(self) -> dict:
         teacher = {k: v.detach() for k, v in self.teacher.denoiser.state_dict().items()}

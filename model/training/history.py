@@ -45,28 +45,28 @@ class ErrorBank:
 
     def __init__(self, size: int, like: Tensor) -> None:
         self.errors = like.new_zeros(size, *like.shape[1:])
-        self.count = 0
+        self.count = torch.zeros((), dtype=torch.int64, device=like.device)  # ever added
 
     def add(self, errors: Tensor) -> None:
         """Keep these [n, C, h, w], over the oldest."""
         size = len(self.errors)
         errors = errors[:size].to(self.errors.dtype)
-        at = torch.arange(self.count, self.count + len(errors), device=errors.device) % size
+        at = (torch.arange(len(errors), device=errors.device) + self.count) % size
         self.errors[at] = errors
         self.count += len(errors)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """[count, C, h, w]; zeros while the bank is empty."""
-        held = max(1, min(self.count, len(self.errors)))
-        index = torch.randint(held, (count,), generator=generator, device=self.errors.device)
-        return self.errors[index]
+        held = self.count.clamp(1, len(self.errors))
+        place = torch.rand(count, generator=generator, device=self.errors.device)
+        return self.errors[(place * held).long()]
 
     def state_dict(self) -> dict:
-        return {"errors": self.errors.clone(), "count": self.count}
+        return {"errors": self.errors.clone(), "count": self.count.clone()}
 
     def load_state_dict(self, state: dict) -> None:
         self.errors.copy_(state["errors"])
-        self.count = state["count"]
+        self.count.copy_(state["count"])
 
 
 def drifted(memory: Tensor, channels: int, generator: torch.Generator) -> Tensor:
@@ -122,7 +122,7 @@ def augmented(
 
     filled = (memory != 0).any(1, keepdim=True)  # empty slots stay empty
     memory = memory.float()
-    if config.error_bank and bank.count:
+    if config.error_bank:
         errors = bank.draw(batch, generator).float()
         scale = torch.rand(batch, 1, 1, 1, generator=generator, device=device) * 1.5
         use = (chosen(config.error_bank) & ~own)[:, None, None, None] & filled

@@ -21,15 +21,19 @@ from mirage_hello.model.training.autoencoder_stage import AutoencoderStage
 from mirage_hello.model.training.config import STAGES, TrainConfig, TrainingError
 from mirage_hello.model.training.distill_stage import DistillStage
 from mirage_hello.model.training.place import Options, Place
+from mirage_hello.model.training.profile import Profile
 from mirage_hello.model.training.video_stage import VideoStage
 
-SAVE_SECONDS = 20.0  # kept free at the end of a time limit for the checkpoint
+SAVE_SECONDS = 10.0  # kept free at the end of a time limit for the checkpoint
 TOGETHER = 10  # steps between decisions that depend on the time
+SAY_SECONDS = 10.0  # between lines on the terminal; metrics.jsonl has them all
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL", "Gloo", "gloo")
 
 
 class Run(Place):
     """The stages, from the current place to the end."""
+
+    said = -math.inf  # when the last line of metrics was shown
 
     def make_stage(self):
         """The stage at the current number, at the current step."""
@@ -91,8 +95,11 @@ class Run(Place):
         config = self.config
         held: list[dict[str, Tensor]] = []
         previous: tuple[Tensor, dict[str, Tensor]] | None = None
+        profile = Profile(self.out / f"profile-{stage.name}.txt") if self.options.profile else None
         mark, spent = time.monotonic(), 0.0
         while (progress := self.progress(stage)) < 1:
+            if profile:
+                profile.before_step()
             metrics = stage.step(self.step, progress)
             if previous is not None:
                 # One step late, so that the device computes while the host looks at the number.
@@ -117,13 +124,15 @@ class Run(Place):
             if up or self.step % config.checkpoint_every == 0:
                 self.check(stage, *previous, self.step - 1)
                 self.save(stage)
-            if self.samples and self.step % config.sample_every == 0:
+            if self.samples and (up or self.step % config.sample_every == 0):
                 self.sample(stage)
             if up:
                 self.say(f"time is up at {stage.name} step {self.step}; go on with --resume")
                 return False
         if previous is not None:
             self.check(stage, *previous, self.step - 1)
+        if self.samples:
+            self.sample(stage)
         return True
 
     def check(self, stage, loss: Tensor, batch: dict[str, Tensor], step: int) -> None:
@@ -151,8 +160,11 @@ class Run(Place):
         if self.stage_s:  # with several ranks it is shared only now and then
             values["steps_per_s"] = self.step / self.stage_s
         self.journal.write(stage.name, self.step - 1, values)
+        if time.monotonic() - self.said < SAY_SECONDS:
+            return
+        self.said = time.monotonic()
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-        self.say(f"{stage.name} {self.step}/{stage.steps}  {shown}")
+        self.say(f"{stage.name} {self.step}  {shown}")
 
 
 def train(config: TrainConfig, out: Path, options: Options | None = None) -> bool:

@@ -1,4 +1,9 @@
-"""AdamW with warm-up and cosine decay, gradient clipping, and the moving average of the weights."""
+"""AdamW with warm-up and cosine decay, gradient clipping, and the moving average of the weights.
+
+A module that is trained alone in bfloat16 (`half`) computes with bfloat16 weights, as at run time,
+and the optimiser keeps the float32 ones. Autocast would cast every weight in every evaluation,
+about 400 launches of the 2500 of a step, and run all normalisations in float32.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,11 @@ from mirage_hello.model.training.parallel import local, placed
 
 FINAL_LR = 0.05  # of the peak, at the end of a stage
 BETAS = (0.9, 0.99)
+
+
+def alone_in_half(config: TrainConfig, ranks: int) -> bool:
+    """Whether weights are bfloat16 copies (see above); DDP and FSDP wrap float32 ones."""
+    return config.precision == "bf16" and ranks == 1
 
 
 def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
@@ -40,52 +50,93 @@ class Optimiser:
     """One step: backward, clip, AdamW, average.
 
     The average's decay starts low, min(ema, (1 + n) / (10 + n)), so that short runs have one too.
+    What changes from step to step (rate, decay) is on the device, so that a captured step sees it:
+    `prepare` on the host, then `apply`, which a CUDA graph may replay.
 
     Args:
         module: whose parameters; sharded (FSDP) and plain ones alike.
         lr: the peak.
+        half: the module's weights become bfloat16 copies of float32 ones that are kept here.
     """
 
-    def __init__(self, module: nn.Module, config: TrainConfig, lr: float) -> None:
-        self.config, self.lr = config, lr
+    def __init__(
+        self, module: nn.Module, config: TrainConfig, lr: float, half: bool = False
+    ) -> None:
+        self.module, self.config, self.lr = module, config, lr
         self.count, self.origin = 0, 0  # steps so far, and the one at which the moments began
-        self.names = [
-            n.removeprefix("module.") for n, p in module.named_parameters() if p.requires_grad
-        ]
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        self.names = [n.removeprefix("module.") for n, _ in named]
+        self.parameters = [p for _, p in named]
+        self.weights = self.parameters  # in float32
+        if half:
+            self.weights = [p.detach().clone().requires_grad_() for p in self.parameters]
+            for weight in self.weights:
+                weight.grad = torch.zeros_like(weight)
+            module.bfloat16()  # in place: the parameters stay the same objects
         # Gains, biases and tables decay toward nothing meaningful: only matrices are decayed.
-        matrices = [p for p in self.parameters if p.ndim >= 2]
-        vectors = [p for p in self.parameters if p.ndim < 2]
+        matrices = [p for p in self.weights if p.ndim >= 2]
+        vectors = [p for p in self.weights if p.ndim < 2]
+        device = self.weights[0].device
+        self.rate, self.pull = (torch.zeros((), device=device) for _ in range(2))
+        on_gpu = device.type == "cuda"
+        # A tensor is what a graph reads; sharded weights take a plain number.
+        self.rate_on_device = on_gpu and not isinstance(self.weights[0], DTensor)
         self.adam = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": config.weight_decay},
                 {"params": vectors, "weight_decay": 0.0},
             ],
-            lr=lr,
+            lr=self.rate if self.rate_on_device else lr,
             betas=BETAS,
-            fused=self.parameters[0].device.type == "cuda",
+            fused=on_gpu,
+            capturable=self.rate_on_device,
         )
-        self.average = [p.detach().clone() for p in self.parameters]
+        if self.rate_on_device:
+            for group in self.adam.param_groups:
+                group["lr"] = self.rate  # this very tensor, whatever the constructor made of it
+        self.average = [p.detach().clone() for p in self.weights]
 
     def step(self, loss: Tensor, progress: float) -> Tensor:
-        """Returns the gradient's norm before clipping, on the device."""
+        """`prepare` and `apply`."""
+        self.prepare(progress)
+        return self.apply(loss)
+
+    def prepare(self, progress: float) -> None:
+        """The rate and the average's decay of the next step."""
         rate = learning_rate(self.lr, self.count - self.origin, self.config.warmup, progress)
-        for group in self.adam.param_groups:
-            group["lr"] = rate
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        decay = min(self.config.ema, (1 + self.count) / (10 + self.count))
-        with torch.no_grad():
-            now = [local(p.detach()) for p in self.parameters]
-            torch._foreach_lerp_([local(a) for a in self.average], now, 1 - decay)
+        self.rate.fill_(rate)
+        if not self.rate_on_device:
+            for group in self.adam.param_groups:
+                group["lr"] = rate
+        self.pull.fill_(1 - min(self.config.ema, (1 + self.count) / (10 + self.count)))
         self.count += 1
+
+    def apply(self, loss: Tensor) -> Tensor:
+        """Returns the gradient's norm before clipping, on the device."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss.backward()
+        half = self.weights is not self.parameters
+        if half:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+            torch._foreach_copy_([w.grad for w in self.weights], grads)
+        norm = nn.utils.clip_grad_norm_(self.weights, self.config.clip_norm)
+        self.adam.step()
+        with torch.no_grad():
+            now = [local(p.detach()) for p in self.weights]
+            average = [local(a) for a in self.average]
+            change = torch._foreach_sub(now, average)
+            torch._foreach_mul_(change, self.pull)
+            torch._foreach_add_(average, change)
+            if half:
+                torch._foreach_copy_(self.parameters, self.weights)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @torch.no_grad()
     def use_average(self) -> None:
-        """The average becomes the weights."""
+        """The average becomes the weights, in float32 again."""
+        if self.weights is not self.parameters:
+            self.module.float()
         for parameter, average in zip(self.parameters, self.average, strict=True):
             parameter.copy_(average)
 
@@ -93,7 +144,9 @@ class Optimiser:
     def averaged(self) -> Iterator[None]:
         """Within the block, the weights are the average."""
         kept = [p.detach().clone() for p in self.parameters]
-        self.use_average()
+        with torch.no_grad():
+            for parameter, average in zip(self.parameters, self.average, strict=True):
+                parameter.copy_(average)
         try:
             yield
         finally:
@@ -105,9 +158,9 @@ class Optimiser:
         """Weights, average and Adam's moments by parameter name (sharded ones as they are)."""
         state: dict[str, Any] = {"count": self.count}
         for i, name in enumerate(self.names):
-            own = self.adam.state.get(self.parameters[i], {})
+            own = self.adam.state.get(self.weights[i], {})
             state[name] = {
-                "weight": self.parameters[i].detach(),
+                "weight": self.weights[i].detach(),
                 "average": self.average[i],
                 "exp_avg": own.get("exp_avg"),
                 "exp_avg_sq": own.get("exp_avg_sq"),
@@ -119,17 +172,16 @@ class Optimiser:
         """The inverse of `state_dict`. Moments may be missing: they then begin at zero."""
         self.count = state["count"]
         for i, name in enumerate(self.names):
-            saved, parameter = state[name], self.parameters[i]
-            parameter.copy_(placed(saved["weight"], parameter))
-            self.average[i].copy_(placed(saved["average"], parameter))
+            saved, weight = state[name], self.weights[i]
+            weight.copy_(placed(saved["weight"], weight))
+            self.parameters[i].copy_(weight)
+            self.average[i].copy_(placed(saved["average"], weight))
             if saved["exp_avg_sq"] is None:
                 self.origin = self.count  # new moments need a new warm-up
                 continue
-            moments = {"step": torch.tensor(float(self.count))}
-            if parameter.device.type == "cuda":
-                moments["step"] = moments["step"].to(parameter.device)
+            moments = {"step": torch.tensor(float(self.count), device=self.rate.device)}
             for key in ("exp_avg", "exp_avg_sq"):
-                moments[key] = torch.zeros_like(parameter)
+                moments[key] = torch.zeros_like(weight)
                 if saved[key] is not None:
-                    moments[key].copy_(placed(saved[key], parameter))
-            self.adam.state[parameter] = moments
+                    moments[key].copy_(placed(saved[key], weight))
+            self.adam.state[weight] = moments

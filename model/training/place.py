@@ -16,7 +16,7 @@ from mirage_hello.model.training import state as states
 from mirage_hello.model.training.config import STAGES, TrainConfig, TrainingError, as_dict
 from mirage_hello.model.training.journal import Journal
 from mirage_hello.model.training.parallel import Workers, whole
-from mirage_hello.model.training.samples import write_sample
+from mirage_hello.model.training.samples import write_decoded, write_sample
 from mirage_hello.model.unet import VideoUNet
 
 
@@ -24,7 +24,8 @@ from mirage_hello.model.unet import VideoUNet
 class Options:
     """How to run, apart from what to train: none of these change the result.
 
-    minutes: end this call after so long (0: no limit); compact: also write the small form there.
+    minutes: end this call after so long (0: no limit); compact: also write the small form there;
+    profile: write the kernels of a few steps of each stage, by time.
     """
 
     resume: bool = False
@@ -34,6 +35,7 @@ class Options:
     tensorboard: bool = False
     compact: Path | None = None
     quiet: bool = False
+    profile: bool = False
 
 
 class Place:
@@ -47,8 +49,7 @@ class Place:
         self.stage_number, self.step, self.stage_s, self.elapsed_s = 0, 0, 0.0, 0.0
         self.samples = bool(config.sample_every) and not config.video
         if self.samples and importlib.util.find_spec("av") is None:
-            self.samples = False
-            self.say("no sample videos: PyAV is not installed (pip install av)")
+            self.say("samples are pictures alone: PyAV is not installed (pip install av)")
         self.loaded: dict[str, Any] | None = None
         if config.autoencoder:
             self.borrow(Path(config.autoencoder))
@@ -140,12 +141,15 @@ class Place:
 
     def sample(self, stage) -> None:
         """A closed-loop video of a held-out world with the averaged weights (first rank writes)."""
+        path = self.out / "samples" / f"{stage.name}-{self.step:08d}"
         if stage.name == "autoencoder":
+            if self.workers.first:
+                with stage.optimiser.averaged():
+                    write_decoded(path, self.autoencoder, stage.pool.frames)
             return
         with stage.optimiser.averaged():
             denoiser = self.unsharded() if self.workers.ranks > 1 else self.denoiser
             if self.workers.first:
-                path = self.out / "samples" / f"{stage.name}-{self.step:08d}.mp4"
                 write_sample(path, denoiser, self.autoencoder, self.config, self.workers.device)
 
     def export(self) -> None:

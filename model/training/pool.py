@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -65,12 +66,27 @@ def plan(config: TrainConfig, rank: int, number: int, clips: int, domain: int = 
     )
 
 
+@cache
+def fused_on(device: torch.device) -> bool:
+    """Whether rays are traced by one kernel there; what speaks against it is printed once."""
+    if device.type != "cuda":
+        return False
+    from mirage_hello.model.data.raycast_triton import refusal
+
+    reason = refusal(device)
+    if reason:
+        print(
+            f"rays are traced by torch, which is slower: the kernel failed ({reason})", flush=True
+        )
+    return reason is None
+
+
 def worlds_of(config: TrainConfig, planned: Plan, device: torch.device) -> Worlds:
     """The renderer of a plan."""
     world = WorldConfig(
         config.size, config.size, config.supersample, planned.fov, planned.cut_frames,
         config.cells,
-        view=planned.view, fused=config.fused and device.type == "cuda",
+        view=planned.view, fused=config.fused and fused_on(device), motion=False,
     )  # fmt: skip
     return Worlds(world, device)
 

@@ -15,6 +15,7 @@ from mirage_hello.model.memory import ContextMemory
 from mirage_hello.model.training.history import true_memory
 from mirage_hello.model.training.pool import ClipPool
 
+OVER = 1 << 30  # the age of a stream that must begin again
 EMPTY_SHARE = 0.3  # of the new streams: begin with an empty memory, as a user's stream does
 
 
@@ -29,8 +30,7 @@ class LiveStreams:
         device, (channels, height, width) = pool.device, pool.targets.shape[2:]
         self.memory = ContextMemory(count, channels, height, width, history, device=device)
         self.clip = torch.zeros(count, dtype=torch.int64, device=device)
-        self.time, self.age = self.clip.clone(), self.clip.clone()
-        self.fresh = True
+        self.time, self.age = self.clip.clone(), torch.full_like(self.clip, OVER)
 
     def begin(self, where: Tensor, generator: torch.Generator) -> None:
         """Start the streams of a mask (bool [B]) at random places of random clips."""
@@ -53,19 +53,19 @@ class LiveStreams:
         self.memory.history.copy_(torch.where(mask, truth[:, :-channels], self.memory.history))
         self.memory.sink.copy_(torch.where(mask, truth[:, -channels:], self.memory.sink))
         # The first output becomes the sink only where the memory is empty.
-        seen = torch.where(empty, 0, time)
+        seen = time * ~empty
         self.memory.count.copy_(torch.where(where, seen, self.memory.count))
-        self.clip = torch.where(where, clip, self.clip)
-        self.time = torch.where(where, time, self.time)
-        self.age = torch.where(where, 0, self.age)
+        self.clip.copy_(torch.where(where, clip, self.clip))
+        self.time.copy_(torch.where(where, time, self.time))
+        self.age.mul_(~where)
 
-    def retire(self, longest: int, replaced: Tensor | None, generator: torch.Generator) -> None:
-        """Begin again the streams that are over; `replaced` are slots of the pool, int64 [R]."""
+    def lose(self, replaced: Tensor) -> None:
+        """The pool replaced these clips (int64 [R]): their streams are over."""
+        self.age.masked_fill_(torch.isin(self.clip, replaced), OVER)
+
+    def retire(self, longest: Tensor | int, generator: torch.Generator) -> None:
+        """Begin again the streams that are over."""
         over = (self.age >= longest) | (self.time >= self.pool.targets.shape[1])
-        if replaced is not None:
-            over |= torch.isin(self.clip, replaced)
-        if self.fresh:
-            over, self.fresh = torch.ones_like(over), False
         self.begin(over, generator)
 
     def read(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,20 +78,20 @@ class LiveStreams:
         """Remember the outputs [B, C, h, w]; returns their errors against the truth."""
         errors = outputs - self.pool.targets[self.clip, self.time].to(outputs.dtype)
         self.memory.push(outputs)
-        self.time, self.age = self.time + 1, self.age + 1
+        self.time.add_(1)
+        self.age.add_(1)
         return errors
 
     def state_dict(self) -> dict:
         memory = self.memory
         return {
             "history": memory.history.clone(), "sink": memory.sink.clone(),
-            "count": memory.count.clone(), "clip": self.clip, "time": self.time, "age": self.age,
-            "fresh": self.fresh,
+            "count": memory.count.clone(), "clip": self.clip.clone(), "time": self.time.clone(),
+            "age": self.age.clone(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
         for name in ("history", "sink", "count"):
             getattr(self.memory, name).copy_(state[name])
-        device = self.clip.device
-        self.clip, self.time, self.age = (state[k].to(device) for k in ("clip", "time", "age"))
-        self.fresh = state["fresh"]
+        for name in ("clip", "time", "age"):
+            getattr(self, name).copy_(state[name])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,10 @@ from mirage_hello.model.autoencoder import Autoencoder
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.memory import LATENT_LIMIT
 from mirage_hello.model.samplers import Level, euler
+from mirage_hello.model.training.capture import Captured
 from mirage_hello.model.training.config import TrainConfig
 from mirage_hello.model.training.history import ErrorBank, augmented, true_memory
-from mirage_hello.model.training.optimise import Optimiser, autocast
+from mirage_hello.model.training.optimise import Optimiser, alone_in_half, autocast
 from mirage_hello.model.training.parallel import Workers
 from mirage_hello.model.training.pool import ClipPool
 from mirage_hello.model.training.streams import LiveStreams
@@ -68,7 +71,8 @@ class VideoStage:
         if config.compile:
             self.denoiser.unet.compile(dynamic=False)
         self.module = workers.wrap(StyledDenoiser(self.denoiser), config.parallel)
-        self.optimiser = Optimiser(self.module, config, self.lr)
+        self.half = alone_in_half(config, workers.ranks)
+        self.optimiser = Optimiser(self.module, config, self.lr, self.half)
         self.pool = ClipPool(
             config, self.encode, self.channels, device, workers.rank, workers.ranks
         )
@@ -76,6 +80,8 @@ class VideoStage:
         live = round(config.live_share * config.batch)
         self.streams = LiveStreams(live, self.pool, self.history) if live else None
         self.bank = ErrorBank(config.bank_size, self.pool.sinks[:1].float())
+        self.longest = torch.zeros((), dtype=torch.int64, device=device)  # live stream, in frames
+        self.captured = Captured(device, self.generator, config.graphs and workers.ranks == 1)
         self.batch: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -87,12 +93,20 @@ class VideoStage:
         """Render the pool."""
         self.pool.fill()
 
-    def next_batch(self, number: int, progress: float) -> Batch:
+    def prepare(self, number: int, progress: float) -> None:
+        """What a step needs from the host: new clips, the longest stream, the rate."""
+        config = self.config
+        if number and number % config.refresh_every == 0:
+            replaced = self.pool.advance()
+            if self.streams:
+                self.streams.lose(replaced)
+        spans = config.rollouts
+        self.longest.fill_(spans[min(len(spans) - 1, int(progress * len(spans)))])
+        self.optimiser.prepare(progress)
+
+    def next_batch(self) -> Batch:
         """Half windows of true frames with augmented history, half live streams."""
         config, pool, generator = self.config, self.pool, self.generator
-        replaced = None
-        if number and number % config.refresh_every == 0:
-            replaced = pool.advance()
         live = self.streams.count if self.streams else 0
         count, device = config.batch - live, self.workers.device
         n, frames = pool.targets.shape[:2]
@@ -101,17 +115,16 @@ class VideoStage:
         old_sink = torch.rand(count, generator=generator, device=device) < 0.7
         memory = true_memory(pool, clip, time, self.history, old_sink).float()
         if self.streams:
-            spans = config.rollouts
-            longest = spans[min(len(spans) - 1, int(progress * len(spans)))]
-            self.streams.retire(longest, replaced, generator)
+            self.streams.retire(self.longest, generator)
             held, clip_live, time_live = self.streams.read()
             memory = torch.cat((memory, held))
             clip, time = torch.cat((clip, clip_live)), torch.cat((time, time_live))
         own = torch.arange(len(clip), device=device) >= count
         memory, level = augmented(memory, own, self.bank, config, generator)
         inputs = torch.cat((pool.views[clip, time].float(), memory), 1)
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return Batch(inputs, level, pool.styles[clip], pool.targets[clip, time].float())
+        return Batch(
+            self.laid_out(inputs), level, pool.styles[clip], pool.targets[clip, time].float()
+        )
 
     def noised(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """x = (1 - sigma / sigma_max) target + sigma noise, with ln sigma normal; and that sigma.
@@ -128,56 +141,70 @@ class VideoStage:
         sigma = (config.sigma_mean + config.sigma_deviation * sigma).exp()
         sigma = sigma.clamp(limits.sigma_min, limits.sigma_max)
         start = torch.rand(batch, generator=generator, device=device) < config.start_share
-        sigma = torch.where(start, limits.sigma_max, sigma)
+        sigma = sigma.masked_fill(start, limits.sigma_max)
         noise = torch.randn(target.shape, generator=generator, device=device)
         kept = 1 - sigma / limits.sigma_max
         return kept[:, None, None, None] * target + sigma[:, None, None, None] * noise, sigma
 
     def step(self, number: int, progress: float) -> dict[str, Tensor]:
         """One optimiser step, then one frame of every live stream."""
-        config, device = self.config, self.workers.device
-        batch = self.next_batch(number, progress)
-        x, sigma = self.noised(batch.target)
-        self.batch = {"x": x, "sigma": sigma, **vars(batch)}
-        with autocast(config, device):
-            denoised = self.module(x, sigma, batch.inputs, batch.styles, batch.level)
-        data = self.denoiser.config.sigma_data
-        weight = (sigma**2 + data**2) / (sigma * data) ** 2  # Karras et al. 2022, table 1
-        error = (denoised.float() - batch.target).square().mean((1, 2, 3))
-        loss = (weight * error).mean()
-        norm = self.optimiser.step(loss, progress)
-        metrics = {"loss": loss.detach(), "error": error.detach().mean(), "norm": norm}
-        if self.streams:
-            metrics["rollout_error"] = self.roll(batch, 1 + number % 2)
+        self.prepare(number, progress)
+        rolls = 1 + number % 2
+        metrics, self.batch = self.captured(rolls, partial(self.body, rolls))
         return metrics
 
-    @torch.no_grad()
-    def sample(self, inputs: Tensor, styles: Tensor, level: Tensor, steps: int) -> Tensor:
-        """The next frame by `steps` Euler steps from pure noise: [B, C, h, w] float32."""
-        device = self.workers.device
-        sigmas = self.denoiser.sigmas(steps)
-        noise = torch.randn(
-            len(inputs), self.channels, *inputs.shape[2:], generator=self.generator, device=device
-        )
+    def body(self, rolls: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(metrics, batch) of one step, on the device alone; `rolls`: evaluations of a stream."""
+        batch = self.next_batch()
+        x, sigma = self.noised(batch.target)
+        denoised = self.evaluate(self.module, x, sigma, batch)
+        data = self.denoiser.config.sigma_data
+        weight = (sigma**2 + data**2) / (sigma * data) ** 2  # Karras et al. 2022, table 1
+        error = (denoised - batch.target).square().mean((1, 2, 3))
+        loss = (weight * error).mean()
+        norm = self.optimiser.apply(loss)
+        metrics = {"loss": loss.detach(), "error": error.detach().mean(), "norm": norm}
+        if self.streams:
+            metrics["rollout_error"] = self.roll(rolls)
+        return metrics, {"x": x, "sigma": sigma, **vars(batch)}
+
+    def laid_out(self, inputs: Tensor) -> Tensor:
+        """As the network wants its input channels."""
+        dtype = torch.bfloat16 if self.half else torch.float32
+        return inputs.to(dtype, memory_format=torch.channels_last)
+
+    def evaluate(self, module: nn.Module, x: Tensor, sigma: Level, batch: Batch) -> Tensor:
+        """D(x; sigma) in float32 by the model, its wrapper, or its teacher."""
+        if not isinstance(sigma, Tensor):
+            sigma = torch.full((len(x),), float(sigma), device=x.device)
+        with contextlib.nullcontext() if self.half else autocast(self.config, x.device):
+            return module(x, sigma, batch.inputs, batch.styles, batch.level).float()
+
+    def trace(self, module: nn.Module, x: Tensor, batch: Batch, steps: int) -> Tensor:
+        """Where `steps` Euler steps from x = sigma_max noise end: [B, C, h, w] float32."""
 
         def denoise(x: Tensor, sigma: Level, step: int) -> Tensor:
-            levels = torch.full((len(x),), float(sigma), device=device)
-            with autocast(self.config, device):
-                return self.module(x, levels, inputs, styles, level).float()
+            return self.evaluate(module, x, sigma, batch)
 
-        return euler(denoise, sigmas[0] * noise, sigmas)
+        return euler(denoise, x, self.denoiser.sigmas(steps))
+
+    def start_noise(self, like: Tensor) -> Tensor:
+        """sigma_max noise, where the sampler of run time begins."""
+        shape = (len(like), self.channels, *like.shape[2:])
+        noise = torch.randn(shape, generator=self.generator, device=like.device)
+        return self.denoiser.config.sigma_max * noise
 
     @torch.no_grad()
-    def roll(self, batch: Batch, steps: int) -> Tensor:
+    def roll(self, steps: int) -> Tensor:
         """Push every live stream one frame; its error goes to the bank. Returns the mean square."""
         assert self.streams is not None
         memory, clip, time = self.streams.read()
         noise = torch.randn(memory.shape, generator=self.generator, device=memory.device)
         memory = memory + RUN_NOISE * noise
         level = torch.full((len(clip),), RUN_NOISE, device=memory.device)
-        inputs = torch.cat((self.pool.views[clip, time].float(), memory), 1)
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        outputs = self.sample(inputs, self.pool.styles[clip], level, steps)
+        inputs = self.laid_out(torch.cat((self.pool.views[clip, time].float(), memory), 1))
+        now = Batch(inputs, level, self.pool.styles[clip], memory)
+        outputs = self.trace(self.module, self.start_noise(memory), now, steps)
         errors = self.streams.push(outputs)
         # Four a step: the bank then spans the last bank_size / 4 steps, not the last three.
         self.bank.add(errors[:: max(1, len(errors) // 4)])
