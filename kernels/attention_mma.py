@@ -1,6 +1,7 @@
 """attention on sm_80 and later: the launches of the mma.sync kernels, in CUDA C++ and in PTX."""
 
 import math
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -12,43 +13,87 @@ ELEMENT = {torch.bfloat16: ("__nv_bfloat16", "bf16"), torch.float16: ("__half", 
 MAX_GRID_YZ = 65535
 
 
-def attention_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """See ops.attention; kernels/cuda/attention.cu."""
+@dataclass(frozen=True)
+class Tile:
+    """How a block of either kernel is cut.
+
+    Args:
+        m_tiles: tiles of 16 query rows a warp; each fragment of K and V read feeds all of them.
+        block_n: keys of a step through shared memory, a multiple of 16.
+        warps: of a block.
+        blocks_per_sm: what registers must leave room for.
+        q_kept: steps of 16 columns of Q that stay in registers; the others are read for each use.
+    """
+
+    m_tiles: int
+    block_n: int = 64
+    warps: int = 4
+    blocks_per_sm: int = 2
+    q_kept: int = 16
+    fence: int = 0
+
+    @property
+    def block_m(self) -> int:
+        return 16 * self.m_tiles * self.warps
+
+    def smem_bytes(self, head_dim: int) -> int:
+        """Q and two buffers of K and V, rows in pieces of 128 B."""
+        return -(-head_dim // 64) * 128 * (self.block_m + 4 * self.block_n)
+
+    def program(self, head_dim: int, kind: str) -> loader.Program:
+        sizes = {name.upper(): size for name, size in asdict(self).items()}
+        return loader.program("attention.sm80", HEAD_DIM=head_dim, dtype=kind, **sizes)
+
+
+def choose_tile(head_dim: int) -> Tile:
+    if head_dim <= 64:
+        return Tile(2)
+    return Tile(1, 64 if head_dim <= 128 else 32 if head_dim <= 192 else 16)
+
+
+def attention_sm80(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, tile: Tile | None = None
+) -> Tensor:
+    """See ops.attention; ptx/attention.sm80.ptx.j2. `tile` replaces the chosen one."""
+    kind, head_dim = ELEMENT[q.dtype][1], q.shape[3]
+    tile = tile or choose_tile(head_dim)
+    return _launch(tile.program(head_dim, kind), f"attention_{kind}", tile, q, k, v, scale)
+
+
+def attention_cuda(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **switches: int
+) -> Tensor:
+    """See ops.attention; kernels/cuda/attention.cu. `switches` take steps of its ladder back."""
     head_dim = q.shape[3]
-    program = cuda_source(head_dim, q.dtype)
-    return _launch(program, "attention", *tile(head_dim), q, k, v, scale)
+    program = cuda_source(head_dim, q.dtype, **switches)
+    return _launch(program, "attention", cuda_tile(head_dim, **switches), q, k, v, scale)
 
 
-def cuda_source(head_dim: int, dtype: torch.dtype) -> loader.Program:
+def cuda_source(head_dim: int, dtype: torch.dtype, **switches: int) -> loader.Program:
+    """kernels/cuda/attention.cu with HEAD_DIM and `switches` (SWIZZLE, ASYNC, M_TILES)."""
     element, kind = ELEMENT[dtype]
+    defines = {"ELEMENT": element, "KIND": kind, "HEAD_DIM": str(head_dim)}
     return loader.cuda_program(
-        "attention", defines={"ELEMENT": element, "KIND": kind, "HEAD_DIM": str(head_dim)}
+        "attention", defines={**defines, **{k: str(v) for k, v in switches.items()}}
     )
 
 
-def attention_sm80(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """See ops.attention; ptx/attention.sm80.ptx.j2."""
-    kind, head_dim = ELEMENT[q.dtype][1], q.shape[3]
-    program = loader.program("attention.sm80", HEAD_DIM=head_dim, dtype=kind)
-    return _launch(program, f"attention_{kind}", *tile(head_dim), q, k, v, scale)
-
-
-def tile(head_dim: int) -> tuple[int, int]:
-    """BLOCK_M and BLOCK_N of both sources."""
-    return (128 if head_dim <= 64 else 64), 64 if head_dim <= 128 else 32 if head_dim <= 192 else 16
+def cuda_tile(head_dim: int, **switches: int) -> Tile:
+    """The tile that kernels/cuda/attention.cu takes."""
+    block_n = 64 if head_dim <= 128 else 32 if head_dim <= 192 else 16
+    return Tile(switches.get("M_TILES", 2 if head_dim <= 64 else 1), block_n)
 
 
 def _launch(
     program: loader.Program,
     entry: str,
-    block_m: int,
-    block_n: int,
+    tile: Tile,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: float | None,
 ) -> Tensor:
-    """128 threads, one block for `block_m` queries of a head; Q and two buffers of K and V."""
+    """One block for `block_m` queries of a head."""
     b, n, h, d = q.shape
     m = k.shape[1]
     out = torch.empty(b, n, h, d, dtype=q.dtype, device=q.device)
@@ -57,13 +102,12 @@ def _launch(
     if m == 0:
         return out.zero_()
     q, scale = positive_scale(q, scale)
-    row_bytes = -(-d // 64) * 128
     program.launch(
         entry,
-        grid=(-(-n // block_m), h, b),
-        block=(128,),
+        grid=(-(-n // tile.block_m), h, b),
+        block=(32 * tile.warps,),
         args=(q, k, v, out, *_strides(q), *_strides(k), *_strides(v), n, m, scale),
-        smem_bytes=row_bytes * (block_m + 4 * block_n),
+        smem_bytes=tile.smem_bytes(d),
     )
     return out
 

@@ -1,10 +1,13 @@
 """What a cubin says about its kernels: where each parameter stands in the launch buffer."""
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 _SIZED_VALUE = 4  # EIFMT_SVAL: the 16-bit value is the length of what follows
 _KPARAM_INFO = 0x17  # EIATTR_KPARAM_INFO
+_FRAME_SIZE = 0x11  # EIATTR_FRAME_SIZE: (symbol, bytes)
+_REGCOUNT = 0x2F  # EIATTR_REGCOUNT: (symbol, registers)
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,32 @@ def params(cubin: bytes, entry: str) -> tuple[Param, ...]:
     info = dict(_sections(cubin)).get(f".nv.info.{entry}")
     if info is None:
         raise KeyError(f"no kernel {entry} in the module (it has {', '.join(entries(cubin))})")
-    found, at = {}, 0
-    while at < len(info):
-        form, attribute, value = struct.unpack_from("<BBH", info, at)
-        at += 4
-        if form != _SIZED_VALUE:
-            continue
+    found = {}
+    for attribute, value in _values(info):
         if attribute == _KPARAM_INFO:
-            _, ordinal, offset, flags = struct.unpack_from("<IHHI", info, at)
+            _, ordinal, offset, flags = struct.unpack_from("<IHHI", value)
             found[ordinal] = Param(offset, flags >> 18)  # bits 18..31 hold the size in bytes
-        at += value
     return tuple(found[i] for i in range(len(found)))
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack (spills, arrays) of a thread; the largest over all kernels."""
+    most = {_REGCOUNT: 0, _FRAME_SIZE: 0}
+    for attribute, value in _values(dict(_sections(cubin))[".nv.info"]):
+        if attribute in most:
+            most[attribute] = max(most[attribute], struct.unpack("<II", value)[1])
+    return most[_REGCOUNT], most[_FRAME_SIZE]
+
+
+def _values(info: bytes) -> Iterator[tuple[int, bytes]]:
+    """(attribute, value) of the sized entries of an .nv.info section."""
+    at = 0
+    while at < len(info):
+        form, attribute, size = struct.unpack_from("<BBH", info, at)
+        at += 4
+        if form == _SIZED_VALUE:
+            yield attribute, info[at : at + size]
+            at += size
 
 
 def _sections(cubin: bytes) -> list[tuple[str, bytes]]:

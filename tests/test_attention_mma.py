@@ -1,14 +1,15 @@
 """The mma.sync attention kernels, CUDA C++ and PTX: resources, emulated and on a GPU."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from attention_calls import BF16, F16, assert_right, draw, steep
 
 from mirage_hello.kernels import attention_mma
-from mirage_hello.kernels.attention_mma import attention_cuda, attention_sm80
-from mirage_hello.ptx import assembler, emulator
+from mirage_hello.kernels.attention_mma import Tile, attention_cuda, attention_sm80, choose_tile
+from mirage_hello.ptx import assembler, emulator, loader
 
 # Resources: the Budget line of the PTX, held against ptxas -v
 
@@ -16,7 +17,7 @@ from mirage_hello.ptx import assembler, emulator
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 80, 128, 160, 256])
 def test_sm80_has_no_spills(head_dim, arch):
-    text = assembler.render("attention.sm80", HEAD_DIM=head_dim, dtype="bf16")
+    text = choose_tile(head_dim).program(head_dim, "bf16").text
     _, said = assembler.ptxas(text, arch, ("-v",))
     assert " 0 bytes spill stores" in said, said
     used = int(re.search(r"Used (\d+) registers", said)[1])
@@ -42,26 +43,47 @@ def test_sm80_in_the_emulator(queries, keys, head_dim, dtype):
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "head_dim", "dtype"),
-    [(70, 150, 40, BF16), (20, 77, 80, F16), (3, 40, 160, BF16)],
+    ("queries", "keys", "head_dim", "dtype", "switches"),
+    [
+        (70, 150, 40, BF16, {}),
+        (20, 77, 80, F16, {}),
+        (3, 40, 160, BF16, {}),
+        (70, 100, 64, BF16, {"M_TILES": 1}),
+        (20, 100, 40, BF16, {"M_TILES": 1, "ASYNC": 0}),
+        (20, 100, 40, BF16, {"M_TILES": 1, "ASYNC": 0, "SWIZZLE": 0}),
+    ],
 )
-def test_cuda_source_in_the_emulator(queries, keys, head_dim, dtype):
-    """What NVRTC makes of kernels/cuda/attention.cu, emulated."""
+def test_cuda_source_in_the_emulator(queries, keys, head_dim, dtype, switches):
+    """What NVRTC makes of kernels/cuda/attention.cu and of the steps of its ladder, emulated."""
     q, k, v = draw(queries, keys, head_dim, dtype)
     out = torch.empty_like(q)
-    text = attention_mma.cuda_source(head_dim, dtype).ptx("sm_80")
-    block_m, block_n = attention_mma.tile(head_dim)
+    text = attention_mma.cuda_source(head_dim, dtype, **switches).ptx("sm_80")
+    tile = attention_mma.cuda_tile(head_dim, **switches)
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
     scale_log2 = attention_mma.positive_scale(q, None)[1]
     emulator.launch(
         emulator.parse(text, name="attention.cu"),
         "attention",
-        (-(-queries // block_m), 1, 1),
-        (128,),
+        (-(-queries // tile.block_m), 1, 1),
+        (32 * tile.warps,),
         [q, k, v, out, *strides, queries, keys, scale_log2],
-        -(-head_dim // 64) * 128 * (block_m + 4 * block_n),
+        tile.smem_bytes(head_dim),
     )
     assert_right(out, q, k, v)
+
+
+TILES = [
+    (40, Tile(2, 64, 4, 4, 2, 1)),
+    (64, Tile(1, 128, 8, 1, 3)),
+    (128, Tile(2, 32, 4, 2, 4, 1)),
+    (160, Tile(1, 48, 4, 2, 5, 1)),
+]
+
+
+@pytest.mark.parametrize(("head_dim", "tile"), TILES)
+def test_other_tiles_of_sm80_in_the_emulator(head_dim, tile):
+    q, k, v = draw(140, 150, head_dim)
+    assert_right(attention_sm80(q, k, v, None, tile), q, k, v)
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(BF16, 4000.0), (F16, 300.0)])
@@ -106,6 +128,13 @@ def test_identical_bits_from_run_to_run():
 
 # On a GPU
 
+
+def program(run, head_dim, dtype):
+    if run is attention_cuda:
+        return attention_mma.cuda_source(head_dim, dtype)
+    return choose_tile(head_dim).program(head_dim, attention_mma.ELEMENT[dtype][1])
+
+
 BOTH = pytest.mark.parametrize("run", [attention_sm80, attention_cuda], ids=["ptx", "cuda"])
 
 
@@ -113,7 +142,10 @@ BOTH = pytest.mark.parametrize("run", [attention_sm80, attention_cuda], ids=["pt
 @BOTH
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_every_head_dimension(run, dtype):
-    for head_dim in range(8, 257, 8):
+    head_dims = range(8, 257, 8)
+    with ThreadPoolExecutor() as pool:  # NVRTC takes a second or two for each
+        list(pool.map(lambda d: program(run, d, dtype).compile(loader.device_arch(0)), head_dims))
+    for head_dim in head_dims:
         q, k, v = draw(133, 150, head_dim, dtype, "cuda", heads=2)
         assert_right(run(q, k, v), q, k, v)
 

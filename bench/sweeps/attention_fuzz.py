@@ -12,19 +12,20 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch import Tensor
 
 from mirage_hello.kernels import attention_mma, parity
 from mirage_hello.kernels.attention import attention_torch
 from mirage_hello.kernels.attention_sm90a import SHORT_NAME, attention_sm90a, choose_tile
-from mirage_hello.ptx import loader
 from mirage_hello.reference import attention
 
 HEAD_DIMS = (8, 40, 64, 72, 80, 128, 160, 256)
 DTYPES = (torch.bfloat16, torch.float16)
-KERNELS = {
+KERNELS: dict[str, Callable[..., Tensor]] = {
     "ptx/sm_90a": attention_sm90a,
     "ptx/sm_80": attention_mma.attention_sm80,
     "ptx/sm_90a again": attention_sm90a,
@@ -71,7 +72,7 @@ def compile_all() -> None:
     for d in HEAD_DIMS:
         for dtype in DTYPES:
             kind = attention_mma.ELEMENT[dtype][1]
-            jobs.append(loader.program("attention.sm80", HEAD_DIM=d, dtype=kind))
+            jobs.append(attention_mma.choose_tile(d).program(d, kind))
             jobs.append(attention_mma.cuda_source(d, dtype))
             for m in (1, 400):
                 tile = choose_tile(4, 400, m, d, dtype)

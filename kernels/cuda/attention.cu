@@ -3,13 +3,14 @@
 // Compiled with ELEMENT (__half, __nv_bfloat16), KIND (f16, bf16: the same in an instruction's name)
 // and HEAD_DIM, a multiple of 8 up to 256. kernels/attention_mma.py launches it.
 //
-// The ladder:
+// The ladder; the steps with a switch can be taken back, bench/sweeps/attention_mma.py times them:
 //   1. scores in registers: S = Q K^T by mma.sync, softmax, O += P V; nothing but O is written
 //   2. online softmax: a block of keys at a time; a new row maximum rescales O and the row sums
-//   3. cp.async: the next block of K and V travels while this one is computed (two buffers)
-//   4. swizzled rows: ldmatrix reads 8 rows of 16 bytes from 8 different bank groups
-//   5. the scale folded into 2^x: one fused multiply-add and one exponential a score
-//   6. no padded head dimensions: HEAD_DIM 40 takes 3 steps of 16 in Q K^T and 5 tiles of 8 in P V
+//   3. the scale folded into 2^x: one fused multiply-add and one exponential a score
+//   4. no padded head dimensions: HEAD_DIM 40 takes 3 steps of 16 in Q K^T and 5 tiles of 8 in P V
+//   5. SWIZZLE: ldmatrix reads 8 rows of 16 bytes from 8 different bank groups
+//   6. ASYNC: the next block of K and V travels by cp.async while this one is computed
+//   7. M_TILES: a warp has 32 query rows, so each fragment of K and V feeds twice the products
 //
 // Registers of mma.m16n8k16, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix fragments"):
 //   A (16 x 16): rows g and g + 8, columns 2t, 2t+1 and 8 more;   C (16 x 8): rows g, g + 8, columns 2t,
@@ -25,8 +26,17 @@ using Element = ELEMENT;
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
 
+#ifndef SWIZZLE
+#define SWIZZLE 1
+#endif
+#ifndef ASYNC
+#define ASYNC 1
+#endif
+#ifndef M_TILES  // of 16 rows a warp
+#define M_TILES (HEAD_DIM <= 64 ? 2 : 1)
+#endif
+
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
-constexpr int M_TILES = HEAD_DIM <= 64 ? 2 : 1;  // of 16 rows a warp; K and V are read once for all
 constexpr int BLOCK_M = 16 * M_TILES * WARPS;
 constexpr int BLOCK_N = HEAD_DIM <= 128 ? 64 : HEAD_DIM <= 192 ? 32 : 16;
 constexpr int K_STEPS = (HEAD_DIM + 15) / 16;  // of Q K^T, 16 columns each, zeros past HEAD_DIM
@@ -41,7 +51,20 @@ __device__ float infinity() { return __int_as_float(0x7f800000); }
 // of 128 bytes, pieces of a row permuted by its number.
 template <int rows>
 __device__ u32 at(int row, int piece) {
-    return (piece / 8 * rows + row) * 128 + ((piece ^ row) & 7) * 16;
+    return (piece / 8 * rows + row) * 128 + (SWIZZLE ? (piece ^ row) & 7 : piece & 7) * 16;
+}
+
+// 16 bytes to shared memory, zeros if not `inside`.
+__device__ void copy_piece(u32 to, const Element* source, bool inside) {
+    if (ASYNC) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(source),
+                     "r"(inside ? 16 : 0));
+    } else {
+        const uint4 x = inside ? *reinterpret_cast<const uint4*>(source) : uint4{0, 0, 0, 0};
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y),
+                     "r"(x.z), "r"(x.w)
+                     : "memory");
+    }
 }
 
 // Rows `first`.. of one head to shared memory; rows from `end` on and columns past HEAD_DIM are zeros.
@@ -52,8 +75,7 @@ __device__ void load_rows(u32 to, const Element* from, i64 stride, int first, in
         const int row = i / PIECES, piece = i % PIECES;
         const bool inside = first + row < end && piece < HEAD_DIM / 8;
         const Element* source = inside ? from + (first + row) * stride + piece * 8 : from;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + at<rows>(row, piece)),
-                     "l"(source), "r"(inside ? 16 : 0));
+        copy_piece(to + at<rows>(row, piece), source, inside);
     }
 }
 
