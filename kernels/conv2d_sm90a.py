@@ -1,6 +1,5 @@
 """conv2d on Hopper: the launch of ptx/conv2d.sm90a.ptx.j2 and the choice of its tile."""
 
-import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirage_hello.kernels import tuning
 from mirage_hello.kernels.call import Call, TensorSpec
 from mirage_hello.kernels.product_sm90a import SHORT_NAME, Tile
 from mirage_hello.ptx import loader
@@ -67,7 +67,7 @@ def conv2d_fused_sm90a(
     )
     blocks = r * s * (-(-channels // 64) + (-(-skip.shape[1] // 64) if skip is not None else 0))
     grid_p, grid_q = (height, width) if upsample else (p, q)
-    tile = tile or choose_tile(batch * up * up, grid_p, grid_q, outputs, blocks, r, s, stride)
+    tile = tile or choose_tile(batch * up**2, grid_p, grid_q, outputs, blocks, r, s, stride, unit)
     tile = tile.fitted(tile.share(blocks), r, s)
     rows = 8 * tile.warpgroups
     tiles_x, tiles_y = -(-grid_q // 8), -(-grid_p // rows)
@@ -81,9 +81,9 @@ def conv2d_fused_sm90a(
     inputs = (x,) if skip is None else (x, skip)
     maps = (*(_pixels(t, box, stride) for t in inputs), _taps(weight, tile.block_n))
     tiles = (tiles_x, tiles_y * batch, -(-outputs // tile.block_n) * up * up)
-    kind = {"skip": skip is not None, "upsample": upsample, "unit": unit, "silu": bool(activation)}
     short = SHORT_NAME[x.dtype]
-    program(tile, r, s, stride, short, **kind).launch(
+    variant = skip is not None, upsample, unit, activation == "silu"
+    program(tile, r, s, stride, short, *variant).launch(
         f"conv2d_{short}",
         grid=tile.grid(*tiles),
         block=(128 * (tile.warpgroups + 1),),
@@ -143,21 +143,38 @@ def _taps(weight: Tensor, block_n: int) -> loader.TensorMap:
     return loader.tensor_map(weight, (64, 1, block_n), dims=dims, strides=strides)
 
 
-@functools.cache
 def choose_tile(
-    batch: int, p: int, q: int, outputs: int, blocks: int, r: int, s: int, stride: int
+    batch: int,
+    p: int,
+    q: int,
+    outputs: int,
+    blocks: int,
+    r: int,
+    s: int,
+    stride: int,
+    unit: int = 0,
 ) -> Tile:
-    """The tile with the least estimated time, for `blocks` K blocks; see docs/convolution.md."""
-    measured = MEASURED.get((batch, p, q, outputs, blocks, r, s, stride))
-    if measured:
-        return measured
+    """The tile for `blocks` K blocks: as measured on this card, else by the least estimated time.
+
+    Args:
+        batch, p, q, outputs: of the output; batch counts the four parities of an upsampled image.
+        unit: channels of a sum, 0: no sums; not every tile can make them.
+    """
+    shape = (batch, p, q, outputs, blocks, r, s, stride)
+
+    def fitting() -> list[Tile]:
+        return [t for t in candidates(blocks, r, s, stride) if not unit or t.sum_slots(unit)]
 
     def clocks(tile: Tile) -> float:
+        if tile == MEASURED.get(shape):
+            return 0.0
         tiles = -(-q // 8) * -(-p // (8 * tile.warpgroups)) * batch * -(-outputs // tile.block_n)
         loaded = tile.pixel_bytes(r, s) / (r * s if tile.patch else 1)
         return tile.clocks(tiles, blocks, loaded)
 
-    return min(candidates(blocks, r, s, stride), key=clocks)
+    names = ("batch", "p", "q", "outputs", "blocks", "r", "s", "stride", "unit")
+    key = dict(zip(names, (*shape, unit), strict=True))
+    return tuning.tile_for("conv2d", key, fitting, clocks)
 
 
 def candidates(blocks: int, r: int, s: int, stride: int) -> list[Tile]:

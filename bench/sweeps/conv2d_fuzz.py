@@ -1,0 +1,141 @@
+"""Random calls of conv2d.sm90a against the float64 reference, on a GPU.
+
+    python bench/sweeps/conv2d_fuzz.py [CASES [SECONDS]]    5000 cases, at most 60 s
+
+A few programs (a tile, a window, an input and an epilogue each), many shapes: batch 1 to 4, images
+1 to 40 pixels wide, channels that are no multiples of the tile. Every case also holds its sums
+against its own output. Prints every failure, exits with 1 if there is one, and writes
+$OUT/conv2d-fuzz.json.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mirage_hello.kernels import conv2d_fused as page
+from mirage_hello.kernels import conv2d_sm90a as conv
+from mirage_hello.kernels import parity
+from mirage_hello.kernels.product_sm90a import SHORT_NAME, Tile
+
+# (tile, window, stride, skip, upsample, unit, activation)
+PROGRAMS: list[tuple[Tile, int, int, bool, bool, int, str | None]] = [
+    (Tile(2, 80, patch=True), 3, 1, False, False, 10, None),
+    (Tile(2, 80, patch=True), 3, 1, True, False, 0, None),
+    (Tile(2, 80, 2, patch=True), 3, 1, False, False, 10, None),
+    (Tile(2, 96, 4, patch=True), 3, 1, True, False, 10, None),
+    (Tile(1, 64, 5, patch=True), 3, 1, False, False, 10, None),
+    (Tile(3, 96, patch=True), 3, 1, False, True, 0, "silu"),
+    (Tile(1, 80, 3, patch=True), 3, 1, True, True, 10, None),
+    (Tile(2, 160, persistent=True, patch=True), 3, 1, False, False, 10, None),
+    (Tile(1, 64, patch=True, blocks_per_sm=2), 3, 1, False, False, 0, None),
+    (Tile(2, 64, 4), 3, 2, False, False, 10, None),
+    (Tile(1, 160), 1, 1, True, False, 4, "silu"),
+    (Tile(2, 128, persistent=True), 3, 2, False, False, 4, None),
+]
+DTYPES = (torch.bfloat16, torch.float16)
+STAGES = 4  # the same for every K, so that a tile is one program
+
+
+def image(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    drawn = (scale * torch.randn(shape, device="cuda")).to(dtype)
+    return drawn.contiguous(memory_format=torch.channels_last)
+
+
+def draw(rng: random.Random, kind: tuple) -> dict[str, Any]:
+    """Arguments of conv2d_fused_sm90a."""
+    tile, window, stride, with_skip, upsample, unit, activation = kind
+    dtype = rng.choice(DTYPES)
+    b, h, w = rng.randint(1, 4), rng.randint(1, 40), rng.randint(1, 40)
+    c = 8 * rng.randint(-(-tile.split // window**2) * 8, 40)
+    extra = 8 * rng.randint(1, 20) if with_skip else 0
+    o = 40 * rng.randint(1, 6) if unit else 8 * rng.randint(1, 30)
+    up, pad = 2 if upsample else 1, window // 2
+    p, q = ((up * n + 2 * pad - window) // stride + 1 for n in (h, w))
+    size, mean = (c + extra, window, window), rng.choice((0.0, 0.0, 100.0))
+    return {
+        "x": image(b, c, h, w, dtype=dtype),
+        "weight": image(o, *size, dtype=dtype, scale=(window**2 * (c + extra)) ** -0.5),
+        "bias": (torch.randn(o, device="cuda") + mean).to(dtype),
+        "stride": stride,
+        "padding": pad,
+        "channel_bias": rng.choice((None, torch.randn(b, o, device="cuda").to(dtype))),
+        "residual": rng.choice((None, image(b, o, p, q, dtype=dtype))),
+        "skip": image(b, extra, h, w, dtype=dtype) if extra else None,
+        "upsample": upsample,
+        "unit": unit,
+        "activation": activation,
+    }
+
+
+def wrong_sums(out: torch.Tensor, sums: torch.Tensor, unit: int) -> bool:
+    found = page.merged(sums.double())
+    count, mean, m2 = page.merged(page.sums_torch(out.double(), unit).double()).unbind(-1)
+    near = (found[..., 1] - mean).abs() <= 1e-6 * mean.abs() + 1e-5 * (m2 / count).sqrt()
+    squares = (found[..., 2] - m2).abs() <= 1e-4 * m2 + 1e-30
+    return not (torch.equal(found[..., 0], count) and near.all() and squares.all())
+
+
+def check(values: dict[str, Any], tile: Tile) -> str | None:
+    """What is wrong with one call, or None."""
+    tile = replace(tile, stages=STAGES)
+    unsummed = values | {"unit": 0}
+    doubled = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in unsummed.items()}
+    truth = page.conv2d_fused_torch(**doubled)[0]
+    plain = page.conv2d_fused_torch(**unsummed)[0]
+    parity.poison(plain)
+    out, sums = conv.conv2d_fused_sm90a(**values, tile=tile)
+    result = parity.judge(out, plain, truth)
+    if not result.passed:
+        return str(result)
+    return "sums" if sums is not None and wrong_sums(out, sums, values["unit"]) else None
+
+
+def compile_all() -> None:
+    """Every program, on all cores, before the clock starts."""
+    jobs = [
+        conv.program(
+            replace(tile, stages=STAGES), window, window, stride, SHORT_NAME[dtype],
+            skip=skip, upsample=upsample, unit=unit, silu=bool(activation),
+        )
+        for tile, window, stride, skip, upsample, unit, activation in PROGRAMS
+        for dtype in DTYPES
+    ]  # fmt: skip
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda program: program.compile("sm_90a"), set(jobs)))
+
+
+def main() -> int:
+    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 5000
+    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 60.0
+    seed = int(time.time())
+    print("seed", seed, flush=True)
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    compile_all()
+    begin, failures, done = time.perf_counter(), [], 0
+    while done < wanted and time.perf_counter() - begin < seconds:
+        kind = PROGRAMS[done % len(PROGRAMS)]
+        values = draw(rng, kind)
+        wrong = check(values, kind[0])
+        if wrong:
+            shapes = {k: getattr(v, "shape", v) for k, v in values.items()}
+            failures.append({"program": str(kind), "values": str(shapes), "wrong": wrong})
+            print(failures[-1], values["x"].dtype, flush=True)
+        done += 1
+    elapsed = time.perf_counter() - begin
+    print(f"conv2d fuzz: {done} cases, {len(failures)} failed, {elapsed:.0f} s")
+    with open(f"{os.environ.get('OUT', '.')}/conv2d-fuzz.json", "w") as f:
+        report = {"seed": seed, "cases": done, "seconds": elapsed, "failures": failures}
+        json.dump(report, f, indent=1)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
