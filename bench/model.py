@@ -151,7 +151,7 @@ def _unet_step(where: dict[str, str], models: Models, limits: dict[str, Any]):
         begin("build and parity", MODEL_SECONDS)
         options, dtype = models.options, models.dtype
         unet = models.plain[0].unet
-        inputs = _unet_inputs(unet.config, options, dtype)
+        inputs = unet_inputs(unet.config, options, dtype)
         plain = under("torch", lambda: unet(*inputs))
         ours = under("auto", lambda: unet(*inputs))
         with torch.no_grad(), chosen_kernels() as chosen:
@@ -182,7 +182,7 @@ def _unet_step(where: dict[str, str], models: Models, limits: dict[str, Any]):
     return run
 
 
-def _unet_inputs(config: Any, options: Options, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def unet_inputs(config: Any, options: Options, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """x, timesteps, context and history noise of one step; the same values in every dtype."""
     height, width = (side // FACTOR for side in options.size)
     draw = Draw(options.device, torch.float32, options.seed)
@@ -196,7 +196,7 @@ def _unet_inputs(config: Any, options: Options, dtype: torch.dtype) -> tuple[Ten
 def _unet_truth(models: Models, options: Options) -> Tensor:
     unet = models.reference[0].unet
     with use("torch"), exact_float32():
-        return unet(*_unet_inputs(unet.config, options, models.reference_dtype))
+        return unet(*unet_inputs(unet.config, options, models.reference_dtype))
 
 
 def _compiled_step(models: Models, inputs: tuple[Tensor, ...]) -> tuple[Function, float]:

@@ -49,6 +49,7 @@ class Options:
     frames: int = 1000
     clip: str = ""
     compile_seconds: float = 240.0
+    tiles: int = 0  # candidates timed of each shape, in place of kernels beside peers
     deadline: float = float("inf")  # time.time() after which nothing new begins
     seed: int = 0
 
@@ -64,6 +65,7 @@ class Outcome:
     rows: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    tiles: list[dict[str, Any]] = field(default_factory=list)  # of `mirage tune`
 
 
 @dataclass
@@ -223,7 +225,7 @@ def _time(
     effort: Effort,
 ) -> dict[str, Timing]:
     """Kernels and peers in turn, on the inputs themselves or on rotating weights."""
-    sets = _rotated(subject) if cache == "cold-weights" else [subject.args]
+    sets = rotated(subject) if cache == "cold-weights" else [subject.args]
     runs = {**wanted, **{name: kernel.run for name, kernel in kernels.items()}}
     contenders = {
         name: [functools.partial(run, *args) for args in sets] for name, run in runs.items()
@@ -231,7 +233,7 @@ def _time(
     return measure(contenders, subject.call.device.type, cold=cache == "cold", effort=effort)
 
 
-def _rotated(subject: Subject) -> list[tuple]:
+def rotated(subject: Subject) -> list[tuple]:
     """Argument lists that differ in the storage of their weights, not in any value."""
     weights = [subject.args[i] for i in subject.case.weights]
     weight_bytes = sum(w.numel() * w.element_size() for w in weights)

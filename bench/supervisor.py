@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import run_file
 from .rows import STEP_SECONDS, Options
-from .worker import GROUPS, OUT_OF_TIME, Entry, Journal, encoded
+from .worker import GROUPS, MODEL_TILES, OUT_OF_TIME, Entry, Journal, encoded
 
 START_SECONDS = 120.0  # imports, CUDA context and the first compilation of a new process
 MOST_RESTARTS = 12  # of one group: past this something is wrong with the machine, not a kernel
@@ -35,7 +35,7 @@ def run_groups(
     """Measure the groups into `out`, each in its own process.
 
     Args:
-        groups: names among worker.GROUPS; the ceilings always come first.
+        groups: names among worker.GROUPS; the ceilings come first, but for tiles.
         options: what to measure.
         out: the results file; it exists, valid and partial, from the start.
         budget_seconds: nothing new begins after this, and what runs is stopped.
@@ -53,8 +53,8 @@ def run_groups(
     run_file.write(run, out)
     Journal(out).path.unlink(missing_ok=True)
     try:
-        wanted = set(groups) | {"ceilings"}
-        for group in (g for g in GROUPS if g in wanted):
+        wanted = set(groups) | (set() if options.tiles else {"ceilings"})
+        for group in (g for g in (*GROUPS, MODEL_TILES) if g in wanted):
             begun = time.time()
             problem = _run_group(group, options, out, to_stderr)
             run = run_file.load(out)

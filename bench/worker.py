@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import attention, conv2d, elementwise, group_norm, layer_norm, linear, model, run_file
+from . import attention, conv2d, elementwise, group_norm, layer_norm, linear, model, run_file, tune
 from .case import Case
 from .ceilings import ceilings
 from .rows import STEP_SECONDS, Options, Outcome, measure_case
@@ -36,6 +36,7 @@ CASES: dict[str, tuple[tuple[Case, ...], tuple[Case, ...]]] = {
 }
 MODEL_OPS = ("residual_block", "unet_step", "frame")
 GROUPS = ("ceilings", *CASES, *MODEL_OPS)
+MODEL_TILES = "model tiles"  # of `mirage tune`: every call of the model that has tiles
 # A unit that lost one of these in an earlier process is given up; any other step is left out.
 WHOLE_UNIT_STEPS = ("inputs", "timing", "build and parity", "frames")
 OUT_OF_TIME = "the time budget was used up"
@@ -108,9 +109,13 @@ def units(group: str, options: Options, limits: dict[str, Any]) -> Iterator[mode
     if group in MODEL_OPS:
         yield from model.units(group, options, limits)
         return
-    for case, dtype in cases(options, group):
+    found = tune.model_cases(options) if group == MODEL_TILES else cases(options, group)
+    for case, dtype in found:
         where = {"op": case.op, "case": case.name, "dtype": dtype}
-        yield model.Unit(where, functools.partial(measure_case, case, dtype, limits, options))
+        if options.tiles:
+            yield model.Unit(where, functools.partial(tune.tune_case, case, dtype, options))
+        else:
+            yield model.Unit(where, functools.partial(measure_case, case, dtype, limits, options))
 
 
 def measure_group(group: str, options: Options, out: Path) -> None:
@@ -122,7 +127,9 @@ def measure_group(group: str, options: Options, out: Path) -> None:
         run_file.write(run, out)
         return
     finished = journal.finished()
-    for unit in units(group, options, run["meta"]["ceilings"]):
+    if group == MODEL_TILES:
+        journal.append(Entry("the model's calls", "inputs", model.MODEL_SECONDS))
+    for unit in units(group, options, run["meta"].get("ceilings", {})):
         name = " | ".join(unit.where.values())
         if name not in finished:
             add(run, _measured(unit, name, options, journal), out)
@@ -160,9 +167,13 @@ def add(run: run_file.Run, measured: Outcome, out: Path) -> None:
     run["rows"] += measured.rows
     run["failures"] += measured.failures
     run["skipped"] += measured.skipped
+    if measured.tiles:
+        run["tiles"] = [*run.get("tiles", []), *measured.tiles]
     run_file.write(run, out)
     for row in measured.rows:
         print(row_line(row), flush=True)
+    for result in measured.tiles:
+        print(tune.line(result), flush=True)
     for failure in measured.failures:
         print(f"FAILED {failure['kernel']} {failure['case']}: {failure['reason']}", flush=True)
 

@@ -1,6 +1,5 @@
 """`explain`: every kernel of an op for one call, with the reasons, and the tile it would run."""
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +74,7 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
 
 def tile_of(kernel: Kernel, call: Call) -> tuning.Choice | None:
     """The tile that a kernel would take for this call; None for one without tiles."""
-    if "tile" not in inspect.signature(kernel.run).parameters:
+    if not tuning.has_tiles(kernel.run):
         return None
     request = tuning.request_of(kernel.run, [without_data(v) for v in call.args.values()])
     if request is None:

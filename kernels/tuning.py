@@ -18,6 +18,7 @@ candidates. Both files hold, for a card,
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import os
@@ -174,6 +175,11 @@ def listening(listener: Callable[[Request], Any]) -> Iterator[None]:
         yield
     finally:
         _listener = before
+
+
+def has_tiles(run: Callable[..., Any]) -> bool:
+    """Whether a kernel chooses among tiles: then it takes one as `tile=`, too."""
+    return "tile" in inspect.signature(run).parameters
 
 
 def forget() -> None:

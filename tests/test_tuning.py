@@ -7,7 +7,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from mirage_hello.bench import tune
+from mirage_hello.bench.case import Case, Draw
+from mirage_hello.bench.harness import Timing
+from mirage_hello.bench.rows import Options
 from mirage_hello.kernels import Kernel, backends, explain, forget_choices, ops, tuning
+from mirage_hello.tools import cli
 from mirage_hello.tools.explain import as_dict
 
 CARD = "NVIDIA H200"
@@ -177,3 +182,103 @@ class TestExplain:
         assert candidate.tile.tile == Tile(128)
         assert "(tuned on this card); runner-up Tile(rows=64) 3.50 us" in str(explanation)
         assert json.dumps(as_dict(explanation))
+
+
+class TestMeasuring:
+    """bench/tune.py on a kernel that runs on a CPU, with a clock of ours."""
+
+    TIMES = {Tile(64): 5.0, Tile(128): 2.0, Tile(128, 4): 3.0}  # noqa: RUF012
+
+    @pytest.fixture
+    def kernel(self, monkeypatch):
+        """silu with TILES; the one of 256 rows, the model's favourite, is wrong."""
+
+        def run(x, tile=None):
+            def ask():
+                return tuning.tile_for("silu", {"n": x.numel()}, lambda: TILES, cost)
+
+            out = torch.nn.functional.silu(x)
+            return out + 1 if (tile or ask()).rows == 256 else out
+
+        kernel = Kernel("silu", "cupy", run, devices=("cpu", "cuda"))
+        monkeypatch.setattr(backends, "unavailable", lambda backend, device: None)
+        monkeypatch.setattr(ops.silu, "kernels", [*ops.silu.kernels, kernel])
+        monkeypatch.setattr(tune, "measure", self.measure)
+        forget_choices()
+        yield kernel
+        forget_choices()
+
+    def measure(self, contenders, device, effort):
+        names = {tuning.name(tile): us for tile, us in self.TIMES.items()}
+        return {n: Timing("fake", 1, [names[n]], run[0]()) for n, run in contenders.items()}
+
+    def tuned(self, lost=(), begin=lambda step, seconds: None):
+        options = Options(device="cpu", backends=("cupy",), tiles=8)
+        case = Case("silu", "12", lambda draw: (draw.normal(3, 4),), flops=1, elements=1)
+        outcome = tune.tune_case(case, "float32", options, begin, lost)
+        assert not outcome.rows and not outcome.failures
+        return outcome.tiles
+
+    def test_the_fastest_right_tile_is_kept(self, kernel):
+        steps = []
+        (result,) = self.tuned(begin=lambda step, seconds: steps.append(step))
+        assert result["asks"] == "silu" and result["key"] == "n=12"
+        assert result["entry"] == {
+            "tile": {"rows": 128}, "time_us": 2.0, "timing": "hot",
+            "runner_up": {"rows": 128, "split": 4}, "runner_up_us": 3.0,
+            "model": {"rows": 256, "split": 2, "patch": True}, "model_us": None,
+        }  # fmt: skip
+        assert list(result["wrong"]) == ["Tile(rows=256, split=2, patch=True)"]
+        assert steps[:2] == ["inputs", "tiles compiled"] and steps[-1] == "timing"
+        assert "3 right, 1 wrong" in tune.line(result)
+        tuning.save(CARD, "0123456", tune.table([result]), tuning.user_path(CARD))
+        assert kernel.run(torch.zeros(12)).sum() == 0  # the right tile from now on
+
+    def test_a_tile_that_hung_is_left_out(self, kernel):
+        (result,) = self.tuned(lost=["Tile(rows=128)"])
+        assert result["entry"]["tile"] == {"rows": 128, "split": 4}
+
+    def test_a_model_whose_choice_is_as_good_keeps_it(self, kernel, monkeypatch):
+        monkeypatch.setattr(type(self), "TIMES", {t: 2.0 + 0.01 * t.split for t in TILES})
+        monkeypatch.setattr(tune.Tuned, "problem", lambda self, tile: None)
+        (result,) = self.tuned()
+        assert result["entry"]["tile"] == result["entry"]["model"]
+
+    def test_nothing_right_gives_nothing(self, kernel, monkeypatch):
+        monkeypatch.setattr(tune.Tuned, "problem", lambda self, tile: "wrong")
+        assert self.tuned() == []
+
+
+def test_a_case_of_a_call_draws_its_like():
+    qkv = torch.randn(2, 5, 3, 2, 8)
+    call = ops.attention.describe(qkv.unbind(2), {})
+    case = tune.case_of(call)
+    q, _, v, scale = case.make(Draw("cpu", torch.float32, 0))
+    assert q.shape == (2, 5, 2, 8) and v.stride() == qkv.unbind(2)[2].stride() and scale is None
+    x, weight = torch.randn(4, 8), torch.randn(6, 8)
+    call = ops.linear.describe((x, weight), {"bias": torch.randn(6)})
+    case = tune.case_of(call)
+    assert case.weights == (1, 2) and case.name == "float32 4x8 6x8 +bias"
+
+
+def test_tune_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["tune"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--op", "conv2"], "unknown op"),
+        (["--case", "1x1"], "unknown case"),
+        (["--model", "881m"], "unknown preset"),
+        (["--model", "880m", "--op", "conv2d"], "leave --op and --case out"),
+        (["--op", "silu"], "none of silu has kernels with tiles"),
+        (["--count", "0"], "at least one candidate"),
+    ],
+)
+def test_bad_arguments_of_tune(arguments, text, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli.main(["tune", *arguments]) == 2
+    assert text in capsys.readouterr().err

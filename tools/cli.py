@@ -25,6 +25,7 @@ COMMANDS = {
     "run": ("mirage_hello.tools.run", "push a video file through the model, frame by frame"),
     "parity": ("mirage_hello.tools.parity", "compare every kernel with the float64 reference"),
     "bench": ("mirage_hello.tools.bench", "time kernels against PyTorch and the measured ceilings"),
+    "tune": ("mirage_hello.tools.tune", "time the tiles of kernels on this card, keep the best"),
     "report": ("mirage_hello.tools.report", "plots, tables and an HTML page from results"),
     "explain": (
         "mirage_hello.tools.explain",
