@@ -15,7 +15,7 @@ EXAMPLES = """\
   mirage train --preset shipped --out out/run            the weights that ship (one GPU)
   mirage train --preset shipped --minutes 8 --out out/run --resume
   mirage train --preset shipped --video clips/ --set size=512 batch=32 --out out/mine
-  torchrun --nproc-per-node 2 -m mirage_hello.tools.cli train --preset 391m --out out/big
+  torchrun --nproc-per-node 2 $(which mirage) train --preset 391m --out out/big
   mirage train --config run.toml --out out/run           a TOML file: preset = "shipped", ...
 """
 

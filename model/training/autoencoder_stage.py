@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirage_hello.model.autoencoder import Autoencoder
-from mirage_hello.model.training.capture import Captured
+from mirage_hello.model.capture import Captured
 from mirage_hello.model.training.config import TrainConfig
 from mirage_hello.model.training.optimise import Optimiser, alone_in_half, autocast
 from mirage_hello.model.training.parallel import Workers
@@ -50,7 +50,7 @@ class AutoencoderLoss(nn.Module):
         deviation = latents.detach().float().std()
         noisy = latents + LATENT_NOISE * deviation * noise
         decoded = self.autoencoder.decode(noisy.to(latents.dtype)).float()
-        excess = (latents.float().square().mean() - 1).clamp_min(0)
+        excess = F.relu(latents.float().square().mean() - 1)
         loss = pyramid_loss(decoded, frames) + LATENT_DECAY * excess
         return loss, (decoded - frames).square().mean()
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mirage_hello.model.autoencoder import Autoencoder
+from mirage_hello.model.capture import Captured
 from mirage_hello.model.denoiser import Denoiser
-from mirage_hello.model.training.capture import Captured
 from mirage_hello.model.training.config import TrainConfig
 from mirage_hello.model.training.parallel import Workers
 from mirage_hello.model.training.video_stage import StyledDenoiser, VideoStage

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mirage_hello.model.autoencoder import Autoencoder
+from mirage_hello.model.capture import Captured
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.memory import LATENT_LIMIT
 from mirage_hello.model.samplers import Level, euler
-from mirage_hello.model.training.capture import Captured
 from mirage_hello.model.training.config import TrainConfig
 from mirage_hello.model.training.history import ErrorBank, augmented, true_memory
 from mirage_hello.model.training.optimise import Optimiser, alone_in_half, autocast
