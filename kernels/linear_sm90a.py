@@ -1,19 +1,17 @@
-"""linear and geglu on Hopper: the launch of ptx/linear.sm90a.ptx.j2 and the choice of its tile."""
-
-import functools
-import math
-from dataclasses import replace
+"""linear, geglu and variants on Hopper: the launch and the tile of ptx/linear.sm90a.ptx.j2."""
 
 import torch
 from torch import Tensor
 
+from mirage_hello.kernels import tuning
 from mirage_hello.kernels.call import Call
-from mirage_hello.kernels.product_sm90a import SHORT_NAME, Tile
+from mirage_hello.kernels.linear_tile import SMEM_BYTES, Tile
 from mirage_hello.ptx import loader
 
-# (warpgroups, block_n): what the registers of a consumer thread hold.
-SHAPES = [(w, n) for w in (1, 2) for n in (32, 48, 64, 80, 96, 112, 128, 160, 192, 256)]
-SHAPES += [(3, n) for n in (64, 80, 96, 112, 128, 160)]
+__all__ = ["Tile", "candidates", "choose_tile", "geglu_sm90a", "linear_sm90a", "supports"]
+
+SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "e4m3"}
+WIDTHS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 256)
 
 
 def linear_sm90a(
@@ -24,90 +22,177 @@ def linear_sm90a(
     tile: Tile | None = None,
 ) -> Tensor:
     """See ops.linear; `tile` overrides the choice."""
-    n = weight.shape[0]
-    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    tile = tile or choose_tile(x.shape[:-1].numel(), n, weight.shape[1])
-    return _launch("linear", x, weight, (bias, residual, out), n, tile.block_n, tile)
+    return _launch("linear", x, weight, bias, residual, tile)
 
 
 def geglu_sm90a(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: Tile | None = None
 ) -> Tensor:
-    """See ops.geglu; a tile of block_n holds block_n / 2 columns of h and the same of the gate.
+    """See ops.geglu; a tile of block_n holds block_n / 2 columns of h and the same of the gate."""
+    return _launch("geglu", x, weight, bias, None, tile)
+
+
+def normed(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    tile: Tile | None = None,
+) -> Tensor:
+    """linear or geglu of rstd (x weight^T - mean s) + b; columns: [N, 2] float32, (s, b).
 
     Raises:
-        ValueError: a tile that splits K; the gate is not linear in the parts.
+        ValueError: K not a multiple of 64, or what `supports` refuses of linear.
     """
-    n = weight.shape[0] // 2
-    if tile and tile.split > 1:
-        raise ValueError(f"geglu: the tile must not split K (got {tile})")
-    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    tile = tile or choose_tile(x.shape[:-1].numel(), n, weight.shape[1], gated=True)
-    return _launch("geglu", x, weight, (bias, out), n, tile.block_n // 2, tile)
+    depth = weight.shape[1]
+    if depth % 64 or depth == 0 or x.shape[-1] != depth:
+        raise ValueError(
+            f"layer_norm_{op}: K must be the weight's and a multiple of 64 "
+            f"(got x {tuple(x.shape)}, weight {tuple(weight.shape)}); use layer_norm, then {op}"
+        )
+    _check(f"layer_norm_{op}", op, x, weight, columns, residual, 8)
+    return _launch(op, x, weight, columns, residual, tile, (1.0 / depth, eps))
+
+
+def scaled(
+    x: Tensor, weight: Tensor, columns: Tensor, residual: Tensor | None, tile: Tile | None = None
+) -> Tensor:
+    """f (x weight^T) + b + residual of float8_e4m3fn; columns: [N, 2] float32, (f, b).
+
+    Raises:
+        ValueError: K not a multiple of 16, or what `supports` refuses of linear.
+    """
+    _check("linear_fp8", "linear", x, weight, columns, residual, 16)
+    return _launch("linear", x, weight, columns, residual, tile)
+
+
+def _check(
+    name: str,
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    residual: Tensor | None,
+    depth_multiple: int,
+) -> None:
+    rows, depth = weight.shape
+    n = rows // 2 if op == "geglu" else rows
+    if n % 8 or n == 0 or depth % depth_multiple or x.shape[-1] != depth:
+        raise ValueError(
+            f"{name}: N must be a multiple of 8, K of {depth_multiple} and that of x "
+            f"(got x {tuple(x.shape)}, weight {tuple(weight.shape)})"
+        )
+    for what, t in (("x", x), ("weight", weight), ("columns", columns), ("residual", residual)):
+        if t is not None and (not t.is_contiguous() or t.data_ptr() % 16):
+            raise ValueError(f"{name}: {what} must be contiguous and start on 16 bytes; clone it")
+    if x.dtype != weight.dtype:
+        raise TypeError(f"{name}: weight must have x's dtype (got {weight.dtype} and {x.dtype})")
+    expected = (*x.shape[:-1], n)
+    if residual is not None and residual.shape != expected:
+        raise ValueError(
+            f"{name}: residual must be {expected} (got {tuple(residual.shape)}); it is added to "
+            "the result"
+        )
 
 
 def _launch(
-    op: str, x: Tensor, weight: Tensor, tensors: tuple, n: int, columns: int, tile: Tile
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    vector: Tensor | None,
+    residual: Tensor | None,
+    tile: Tile | None,
+    statistics: tuple[float, ...] = (),
 ) -> Tensor:
-    """`tensors` ends with the output; a tile stores `columns` of its n columns."""
-    out = tensors[-1]
+    """`vector`: the bias, or (factor, addend) of each column; `statistics`: of layer_norm."""
+    gated, norm, fp8 = op == "geglu", bool(statistics), x.dtype == torch.float8_e4m3fn
+    n = weight.shape[0] // 2 if gated else weight.shape[0]
+    dtype = torch.bfloat16 if fp8 else x.dtype
+    out = torch.empty(*x.shape[:-1], n, dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out
     rows, depth = out.numel() // n, weight.shape[1]
-    blocks = -(-depth // 64)
-    tile = tile.fitted(tile.share(blocks))
-    short = SHORT_NAME[x.dtype]
-    row_bytes = (depth * x.element_size(),)
+    per_block = 128 // x.element_size()
+    blocks = -(-depth // per_block)
+    tile = tile or choose_tile(op, rows, n, blocks, norm, fp8)
+    problem = tile.problem(gated, norm)
+    if problem or blocks < tile.split:
+        problem = problem or f"{blocks} K blocks cannot be split over {tile.split}"
+        raise ValueError(f"{op}: {tile}: {problem}; choose another tile")
+    tile = tile.fitted(blocks, gated, norm or fp8, residual is not None)
+    columns = tile.columns(gated)
     maps = (
-        loader.tensor_map(x, (64, tile.block_m), dims=(depth, rows), strides=row_bytes),
-        loader.tensor_map(weight, (64, columns)),
+        loader.tensor_map(
+            x,
+            (per_block, tile.block_m),
+            dims=(depth, rows),
+            strides=(depth * x.element_size(),),
+        ),
+        loader.tensor_map(weight, (per_block, columns)),
     )
-    tiles = (-(-rows // tile.block_m), -(-n // columns))
-    persistent = (math.prod(tiles), tiles[0]) if tile.persistent else ()
-    program(op, tile, short).launch(
-        f"{op}_{short}",
-        grid=tile.grid(*tiles),
-        block=(128 * (tile.warpgroups + 1),),
-        args=(*maps, *tensors, n, *persistent, blocks, rows),
-        smem_bytes=tile.layout()[1],
+    tensors = (vector, out) if residual is None else (vector, residual, out)
+    tiles_x = -(-rows // tile.block_m)
+    tiles = tiles_x * -(-n // columns)
+    short = SHORT_NAME[x.dtype]
+    stages = tile.stages or 1
+    program(op, tile, short, norm, residual is not None).launch(
+        f"{op}_norm_{short}" if norm else f"{op}_{short}",
+        grid=(tile.grid(tiles),),
+        block=(tile.threads,),
+        args=(*maps, *tensors, n, rows, blocks, tiles, tiles_x, *statistics),
+        smem_bytes=tile.layout(stages, gated, norm or fp8, residual is not None)["BYTES"],
     )
     return out
 
 
-def program(op: str, tile: Tile, dtype: str) -> loader.Program:
+def program(
+    op: str, tile: Tile, dtype: str, norm: bool = False, residual: bool = False
+) -> loader.Program:
     """The program of a fitted tile."""
-    return loader.program("linear.sm90a", OP=op, dtype=dtype, **tile.variables())
+    variables = tile.variables(op == "geglu", norm or dtype == "e4m3", residual)
+    return loader.program("linear.sm90a", OP=op, dtype=dtype, NORM=norm, **variables)
 
 
-@functools.cache
-def choose_tile(rows: int, n: int, depth: int, gated: bool = False) -> Tile:
-    """The tile with the least estimated time; see docs/convolution.md."""
-    blocks = -(-depth // 64)
+def choose_tile(
+    op: str, rows: int, n: int, blocks: int, norm: bool = False, fp8: bool = False
+) -> Tile:
+    """The measured tile of this shape, else the one with the least estimated time (docs/linear.md).
 
-    def clocks(tile: Tile) -> float:
-        columns = tile.block_n // 2 if gated else tile.block_n
-        tiles = -(-rows // tile.block_m) * -(-n // columns)
-        return tile.clocks(tiles, blocks, tile.block_m * 128)
+    Args:
+        op: linear or geglu.
+        rows, n: of the output.
+        blocks: K blocks of 128 bytes.
+        norm, fp8: of the variants, which are tuned under names of their own.
+    """
+    gated = op == "geglu"
+    name = f"layer_norm_{op}" if norm else "linear_fp8" if fp8 else op
+    return tuning.tile_for(
+        name,
+        {"m": rows, "n": n, "blocks": blocks},
+        lambda: candidates(blocks, gated, norm),
+        lambda tile: tile.clocks(rows, n, blocks, gated),
+    )
 
-    return min(candidates(blocks, gated), key=clocks)
 
-
-def candidates(blocks: int, gated: bool = False) -> list[Tile]:
+def candidates(blocks: int, gated: bool = False, norm: bool = False) -> list[Tile]:
     """Every tile whose registers and shared memory fit."""
     found = []
-    for groups, block_n in SHAPES:
-        if gated and block_n % 16:
-            continue
-        splits = 1 if gated else min(blocks, 8)
-        tiles = [Tile(groups, block_n, n) for n in range(1, splits + 1)]
-        tiles.append(replace(tiles[0], persistent=True))
-        if groups == 1 and block_n <= 160:
-            tiles.append(replace(tiles[0], blocks_per_sm=2))
-        for tile in tiles:
-            share = tile.share(blocks)
-            if tile.most_stages(share) >= min(3, share):
-                found.append(tile)
+    for block_n in WIDTHS:
+        tiles = [Tile(groups, block_n) for groups in (1, 2, 3)]
+        tiles += [Tile(1, block_n, blocks_per_sm=2), Tile(2, block_n, blocks_per_sm=2)]
+        tiles += [Tile(2, block_n, m, pingpong=True) for m in (1, 2)]
+        tiles += [Tile(g, block_n, split=s) for g in (1, 2) for s in range(2, min(blocks, 8) + 1)]
+        found += [t for t in tiles if not t.problem(gated, norm) and _fits(t, blocks, gated, norm)]
     return found
+
+
+def _fits(tile: Tile, blocks: int, gated: bool, norm: bool) -> bool:
+    """Whether three stages fit beside a residual, or as many as there are K blocks."""
+    stages = min(3, -(-blocks // tile.split))
+    needed = tile.layout(stages, gated, norm, residual=not gated)["BYTES"]
+    return needed <= SMEM_BYTES[tile.blocks_per_sm]
 
 
 def supports(call: Call) -> str | None:

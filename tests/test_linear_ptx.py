@@ -1,4 +1,4 @@
-"""linear.sm90a (linear and geglu): what ptxas says, and the PTX in the emulator and on a GPU."""
+"""linear.sm90a and its variants: what ptxas says, and the PTX in the emulator and on a GPU."""
 
 import random
 
@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from mirage_hello import reference
-from mirage_hello.kernels import BackendError, linear_sm90a, ops, parity, use
-from mirage_hello.kernels.product_sm90a import Tile
+from mirage_hello.kernels import (
+    BackendError,
+    layer_norm_linear,
+    linear_fp8,
+    linear_sm90a,
+    linear_tile,
+    ops,
+    parity,
+    use,
+)
+from mirage_hello.kernels.linear_sm90a import Tile
 from mirage_hello.ptx import assembler
 
 # Tiles that between them render every branch of the template.
@@ -15,23 +24,31 @@ TILES = [
     Tile(1, 32),
     Tile(2, 48, split=3),
     Tile(2, 64, split=2),
+    Tile(1, 40),
     Tile(3, 32, split=4),
     Tile(1, 32, blocks_per_sm=2),
-    Tile(2, 48, persistent=True),
+    Tile(2, 160, stages=2),
+    Tile(2, 32, pingpong=True, stages=2),
+    Tile(2, 48, m_tiles=2, pingpong=True, stages=3),
 ]
-GATED = [Tile(1, 64), Tile(2, 96), Tile(2, 64, persistent=True), Tile(1, 32, blocks_per_sm=2)]
+GATED = [Tile(1, 64), Tile(2, 96), Tile(1, 32, blocks_per_sm=2)]
+GATED += [Tile(2, 64, 1, pingpong=True), Tile(2, 160, 2, pingpong=True, stages=3)]
+NORMED = [Tile(1, 32), Tile(2, 48, stages=2), Tile(2, 32, 2, pingpong=True, stages=3)]
 # (op, M, N, K) of Stable Diffusion: what is chosen for them must not spill.
 LAYERS = [
     ("linear", 4096, 2560, 320), ("linear", 4096, 320, 1280), ("linear", 1024, 5120, 640),
     ("linear", 1024, 640, 2560), ("linear", 256, 10240, 1280), ("linear", 256, 1280, 5120),
     ("linear", 4096, 320, 320), ("linear", 1024, 640, 640), ("linear", 256, 1280, 1280),
     ("geglu", 4096, 1280, 320), ("geglu", 1024, 2560, 640), ("geglu", 256, 5120, 1280),
+    ("linear", 4096, 960, 320), ("linear", 1024, 1920, 640), ("linear", 256, 3840, 1280),
 ]  # fmt: skip
-CHOSEN = {
-    (op, linear_sm90a.choose_tile(m, n, k, op == "geglu").fitted(-(-k // 64)))
-    for op, m, n, k in LAYERS
-}
 CASES = [("linear", t) for t in TILES] + [("geglu", t) for t in GATED]
+
+
+@pytest.fixture
+def two_multiprocessors(monkeypatch):
+    """Blocks take several tiles each, so that the ring and the turns go round."""
+    monkeypatch.setattr(linear_tile, "MULTIPROCESSORS", 2)
 
 
 def draw(*shape, dtype=torch.bfloat16, scale=1.0, device="cpu"):
@@ -56,9 +73,22 @@ def in_parity(op, args, tile=None):
     return parity.judge(run(op, *args, tile=tile), getattr(reference, op)(*args), truth)
 
 
-@pytest.mark.parametrize(("op", "tile"), [*CASES, *sorted(CHOSEN, key=str)], ids=str)
-def test_assembles_without_spills_or_serialised_products(op, tile):
-    text = linear_sm90a.program(op, tile.fitted(4), "bf16").text
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("op", "m", "n", "k"), LAYERS)
+def test_chosen_tile_assembles_without_spills(op, m, n, k, norm):
+    tile = linear_sm90a.choose_tile(op, m, n, k // 64, norm)
+    assert_assembles(op, tile, k // 64, "bf16", norm, residual=op == "linear")
+
+
+@pytest.mark.parametrize("dtype", ["f16", "e4m3"])
+@pytest.mark.parametrize(("op", "tile"), CASES, ids=str)
+def test_assembles_without_spills_or_serialised_products(op, tile, dtype):
+    assert_assembles(op, tile, 4, dtype, norm=False, residual=op == "linear")
+
+
+def assert_assembles(op, tile, blocks, dtype, norm, residual):
+    fitted = tile.fitted(blocks, op == "geglu", norm or dtype == "e4m3", residual)
+    text = linear_sm90a.program(op, fitted, dtype, norm, residual).text
     assert text.isascii()
     report = assembler.ptxas(text, "sm_90a", ("-v",))[1]
     assert " 0 bytes spill stores, 0 bytes spill loads" in report
@@ -67,10 +97,19 @@ def test_assembles_without_spills_or_serialised_products(op, tile):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("op", "tile"), CASES, ids=str)
+@pytest.mark.usefixtures("two_multiprocessors")
 def test_emulated(op, tile, dtype):
     """Rows, columns and depth that fill no tile; races are findings, which raise."""
-    result = in_parity(op, inputs(op, 197, 264, 88, dtype), tile)
+    result = in_parity(op, inputs(op, 397, 264, 88, dtype), tile)
     assert result.passed, result
+
+
+@pytest.mark.usefixtures("two_multiprocessors")
+def test_emulated_without_bias_and_residual():
+    x, weight = inputs("linear", 200, 200, 104)[:2]
+    for tile in (Tile(2, 64, split=2), Tile(2, 48, 2, pingpong=True)):
+        result = in_parity("linear", (x, weight), tile)
+        assert result.passed, result
 
 
 @pytest.mark.parametrize("m", [1, 63, 64, 65])
@@ -91,9 +130,90 @@ def test_emulated_gate_at_its_limits(value):
     assert result.passed, result
 
 
-def test_a_gate_is_not_split():
-    with pytest.raises(ValueError, match="must not split K"):
-        run("geglu", *inputs("geglu", 8, 256, 32), tile=Tile(1, 64, split=2))
+def normed_inputs(op, m, k, n, mean, dtype=torch.bfloat16, device="cpu"):
+    """x, gamma, beta, weight, bias, and linear's residual."""
+    size = {"dtype": dtype, "device": device}
+    x, weight, bias, *residual = inputs(op, m, k, n, **size)
+    return x + mean, 1 + draw(k, scale=0.2, **size), draw(k, **size), weight, bias, *residual
+
+
+def normed_in_parity(op, args, tile=None):
+    def unfused(x, gamma, beta, *rest):
+        return getattr(reference, op)(reference.layer_norm(x, gamma, beta), *rest)
+
+    x, gamma, beta, weight, bias, *residual = args
+    folded = layer_norm_linear.fold(gamma, beta, weight, bias)
+    run = getattr(layer_norm_linear, f"layer_norm_{op}")
+    out = run(x, folded, *residual, tile=tile)
+    return parity.judge(out, unfused(*args), unfused(*(t.double() for t in args)))
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+@pytest.mark.parametrize("tile", NORMED, ids=str)
+@pytest.mark.parametrize("op", ["linear", "geglu"])
+@pytest.mark.usefixtures("two_multiprocessors")
+def test_emulated_layer_norm(op, tile, mean):
+    result = normed_in_parity(op, normed_inputs(op, 300, 192, 72, mean), tile)
+    assert result.passed, result
+
+
+def test_layer_norm_of_a_row_far_from_zero():
+    """|mean| = 1000 std: what x W'^T and mean s leave of each other is still right."""
+    x, gamma, beta, weight, bias = normed_inputs("geglu", 70, 128, 16, 0.0, torch.float16)
+    x = (1000 + torch.randint(-2, 3, x.shape)).half()
+    result = normed_in_parity("geglu", (x, gamma, beta, weight, bias), Tile(1, 32))
+    assert result.passed, result
+
+
+def test_torch_form_of_layer_norm_linear():
+    x, gamma, beta, weight, bias, residual = (
+        t.double() for t in normed_inputs("linear", 9, 64, 24, 1.0)
+    )
+    folded = layer_norm_linear.fold(gamma, beta, weight, bias)
+    out = layer_norm_linear.layer_norm_linear_torch(x, folded, residual)
+    truth = reference.linear(reference.layer_norm(x, gamma, beta), weight, bias, residual)
+    assert torch.allclose(out, truth, rtol=1e-5, atol=1e-5)  # columns are float32
+
+
+def test_layer_norm_refuses_a_ragged_row():
+    folded = layer_norm_linear.fold(None, None, draw(16, 72))
+    with pytest.raises(ValueError, match=r"multiple of 64 \(got x \(4, 72\)"):
+        layer_norm_linear.layer_norm_linear(draw(4, 72), folded)
+
+
+@pytest.mark.parametrize("tile", [Tile(1, 32), Tile(2, 48, split=3), Tile(2, 32, pingpong=True)])
+@pytest.mark.usefixtures("two_multiprocessors")
+def test_emulated_fp8(tile):
+    """Against float64 on the quantised values, and against the exact product."""
+    x, weight, bias, residual = inputs("linear", 200, 528, 72)
+    packed = linear_fp8.pack(weight, linear_fp8.calibrate([x]), bias)
+    out = linear_fp8.linear_fp8(x, packed, residual, tile=tile).double()
+    quantised = linear_fp8.linear_fp8_torch(x.double(), packed, residual)
+    exact = reference.linear(*(t.double() for t in (x, weight, bias, residual)))
+    assert (out - quantised).norm() < 3e-3 * quantised.norm()
+    assert (out - exact).norm() < 6e-2 * exact.norm()
+
+
+def test_fp8_calibration_reaches_the_largest_value():
+    samples = [draw(5, 16), 3 * draw(7, 16)]
+    scale = linear_fp8.calibrate(samples)
+    assert max(linear_fp8.quantize(s, scale).float().abs().max() for s in samples) == 448
+    assert linear_fp8.calibrate([torch.zeros(3)]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("op", "tile", "reason"),
+    [
+        ("geglu", Tile(1, 64, split=2), "do not split K"),
+        ("linear", Tile(1, 64, pingpong=True), "pingpong needs two warpgroups"),
+        ("linear", Tile(2, 256, 2), "registers"),
+        ("linear", Tile(1, 64, split=8), "4 K blocks cannot be split over 8"),
+        ("linear", Tile(1, 40, split=2), "whole octets"),
+    ],
+)
+def test_tiles_that_do_not_exist(op, tile, reason):
+    with pytest.raises(ValueError, match=reason):
+        run(op, *inputs(op, 8, 256, 32), tile=tile)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +244,35 @@ def test_random_shapes_on_the_gpu(op, seed):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("op", "tile"), [("linear", Tile(2, 160, split=4)), ("geglu", None)])
+@pytest.mark.parametrize("op", ["linear", "geglu"])
+def test_random_layer_norm_on_the_gpu(op, seed):
+    dice = random.Random(seed)
+    for _ in range(20):
+        m, k, n = dice.randint(1, 5000), 64 * dice.randint(1, 24), 8 * dice.randint(1, 200)
+        mean, dtype = dice.choice([0.0, 30.0]), dice.choice([torch.bfloat16, torch.float16])
+        args = normed_inputs(op, m, k, n, mean, dtype, "cuda")
+        for tile in (None, dice.choice(linear_sm90a.candidates(k // 64, op == "geglu", True))):
+            result = normed_in_parity(op, args, tile)
+            assert result.passed, (m, k, n, mean, tile, str(result))
+
+
+@pytest.mark.gpu
+def test_random_fp8_on_the_gpu(seed):
+    dice = random.Random(seed)
+    for _ in range(20):
+        m, k, n = dice.randint(1, 5000), 16 * dice.randint(1, 300), 8 * dice.randint(1, 200)
+        x, weight, bias, residual = inputs("linear", m, k, n, device="cuda")
+        packed = linear_fp8.pack(weight, linear_fp8.calibrate([x]), bias)
+        out = linear_fp8.linear_fp8(x, packed, residual).double()
+        truth = linear_fp8.linear_fp8_torch(x.double(), packed, residual)
+        assert (out - truth).norm() < 4e-3 * truth.norm(), (m, k, n)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("op", "tile"),
+    [("linear", Tile(2, 160, split=4)), ("linear", Tile(2, 160, 2, True)), ("geglu", None)],
+)
 def test_same_bits_every_time_and_in_a_graph(op, tile):
     args = inputs(op, 1024, 640, 1280, device="cuda")
     first = run(op, *args, tile=tile)

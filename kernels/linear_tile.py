@@ -1,0 +1,160 @@
+"""The tile of ptx/linear.sm90a.ptx.j2, its shared memory, and what it costs."""
+
+import math
+from dataclasses import dataclass, replace
+
+SMEM_BYTES = {1: 232448, 2: 115712}  # a block may have, by blocks on a multiprocessor
+# Clusters resident at once on an H200, one block a multiprocessor (cuOccupancyMaxActiveClusters):
+# not 132 / size, because a cluster stays inside a GPC.
+RESIDENT = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
+MAX_STAGES = 12
+MULTIPROCESSORS = 132
+# Of a multiplying thread, by (blocks on a multiprocessor, warpgroups).
+REGISTERS = {(1, 1): 255, (1, 2): 232, (1, 3): 160, (2, 1): 128, (2, 2): 104}
+# Of the estimate, in clocks of an H200.
+PRODUCTS = 1.07  # products against the peak rate of 4096 FLOP a clock
+READS, WRITES = 0.82 / 128, 1.16 / 128  # a byte of shared memory that wgmma reads, that TMA writes
+LOAD = 1 / 62  # a byte that TMA brings
+EXCHANGE = 1 / 18  # a byte sent to another block of the cluster
+LAUNCH, FIRST, SPLIT = 2600, 1200, 900  # a kernel; its first loads; one exchange
+STORE, GATE = 0.055, 0.16  # an output value of one warpgroup; its gate
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one block multiplies at a time, and how.
+
+    groups: warpgroups that multiply, 1 to 3.
+    block_n: columns of the weight; geglu: block_n / 2 of h and the same of the gate.
+    m_tiles: rows of a warpgroup in 64s, 1 or 2.
+    pingpong: both warpgroups have tiles of their own, and one multiplies while the other stores.
+        Otherwise they share a tile, 64 m_tiles rows each.
+    split: K over a cluster of so many blocks; 1 with pingpong, geglu and layer_norm.
+    blocks_per_sm: 2 lets another block, of this kernel or of the next, run beside this one.
+    stages: K blocks in flight; None: as many as the shared memory holds, at most 12.
+    """
+
+    groups: int
+    block_n: int
+    m_tiles: int = 1
+    pingpong: bool = False
+    split: int = 1
+    blocks_per_sm: int = 1
+    stages: int | None = None
+
+    @property
+    def block_m(self) -> int:
+        return 64 * self.m_tiles * (1 if self.pingpong else self.groups)
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.groups + 128
+
+    def columns(self, gated: bool) -> int:
+        """Of the output, in one tile."""
+        return self.block_n // 2 if gated else self.block_n
+
+    def width(self, gated: bool) -> int:
+        """Columns of the output that one block stores."""
+        return self.block_n // 2 if gated else self.block_n // self.split
+
+    def problem(self, gated: bool, norm: bool = False) -> str | None:
+        """Why the kernel does not have this tile; None if it does."""
+        if self.pingpong and (self.groups != 2 or self.split != 1):
+            return "pingpong needs two warpgroups and no split"
+        if self.split > 1 and (gated or norm or self.m_tiles > 1):
+            return "geglu, layer_norm and m_tiles of 2 do not split K"
+        if self.block_n % (16 if gated else 8 * self.split) or not 16 <= self.block_n <= 256:
+            return "block_n must be 16 to 256, whole octets for each block of the cluster"
+        # What is left of 65536 registers beside the accumulators: about 50, with statistics 80.
+        limit = REGISTERS.get((self.blocks_per_sm, self.groups), 0)
+        needed = self.m_tiles * self.block_n // 2 + (80 if norm else 50)
+        if needed > limit:
+            return f"a thread needs about {needed} registers and may have {limit}"
+        return None
+
+    def layout(self, stages: int, gated: bool, factors: bool, residual: bool) -> dict[str, int]:
+        """Where the slices, strips, vectors and barriers lie; BYTES: all of the shared memory."""
+        width, warps = self.width(gated), 4 * self.groups
+        parts = 1 if width <= 112 else 2 if width <= 192 else 4
+        strips = 16 * (2 * width // parts + 16) * (parts * self.m_tiles if residual else 1)
+        vectors = (self.block_n if gated else width) * (8 if factors else 2)
+        staged = 256 * self.groups * self.block_n if self.split > 1 else 0
+        received = max(stages * 128 * (self.block_m + self.block_n), staged)
+        strips_at = received + staged // self.split * (self.split - 1)
+        vectors_at = strips_at + warps * strips
+        bars = vectors_at + warps * vectors
+        places = {"RECEIVED": received, "STRIPS": strips_at, "VECTORS": vectors_at, "BARS": bars}
+        return {**places, "BYTES": bars + 16 * stages + 8}
+
+    def fitted(
+        self, blocks: int, gated: bool = False, factors: bool = False, residual: bool = False
+    ) -> "Tile":
+        """With `stages` filled in, at most what the K blocks of all its tiles can use.
+
+        Raises:
+            ValueError: nothing fits the shared memory.
+        """
+        if self.stages:
+            return self
+        room = SMEM_BYTES[self.blocks_per_sm]
+        if self.split > 1:
+            most = max(-(-blocks // self.split), 2)
+        else:
+            most = MAX_STAGES
+        for stages in range(min(most, MAX_STAGES), 0, -1):
+            if self.layout(stages, gated, factors, residual)["BYTES"] <= room:
+                return replace(self, stages=stages)
+        raise ValueError(
+            f"{self}: a block may have {room} bytes of shared memory; use a smaller tile"
+        )
+
+    def variables(self, gated: bool, factors: bool, residual: bool) -> dict[str, int | bool]:
+        """Template variables of a fitted tile."""
+        assert self.stages is not None
+        places = self.layout(self.stages, gated, factors, residual)
+        del places["BYTES"]
+        return {
+            "GROUPS": self.groups,
+            "M_TILES": self.m_tiles,
+            "BLOCK_N": self.block_n,
+            "PINGPONG": self.pingpong,
+            "SPLIT": self.split,
+            "STAGES": self.stages,
+            "BLOCKS_PER_SM": self.blocks_per_sm,
+            "RESIDUAL": residual,
+            **places,
+        }
+
+    def grid(self, tiles: int) -> int:
+        """Blocks of a launch over `tiles` tiles."""
+        if self.split > 1:
+            return tiles * self.split
+        return min(tiles, MULTIPROCESSORS * self.blocks_per_sm)
+
+    def clocks(self, rows: int, n: int, blocks: int, gated: bool = False) -> float:
+        """Estimated clocks of out[rows][n] with `blocks` K blocks.
+
+        A K block takes the longest of its products, of shared memory's work (wgmma reads x and
+        weight, TMA writes them) and of its loads. An epilogue hides where another tile multiplies.
+        """
+        tiles = -(-rows // self.block_m) * -(-n // self.columns(gated))
+        area = self.block_m // 64 * self.block_n
+        loaded = 128 * (self.block_m + self.block_n)
+        read = 4 * (self.block_m // 64) * (2048 + 32 * self.block_n)
+        step = max(2 * PRODUCTS * area, READS * read + WRITES * loaded, LOAD * loaded)
+        depth = -(-blocks // self.split)
+        values = 64 * self.m_tiles * self.width(gated)
+        store = values * (STORE + (GATE if gated else 0))
+        if self.split > 1:
+            sent = 256 * self.groups * self.block_n * (self.split - 1) / self.split
+            waves = -(-tiles // RESIDENT[self.split])
+            return LAUNCH + waves * (FIRST + depth * step + SPLIT + EXCHANGE * sent + store)
+        turns = -(-tiles // (MULTIPROCESSORS * self.blocks_per_sm))
+        together = min(self.blocks_per_sm, math.ceil(tiles / MULTIPROCESSORS))
+        each = together * depth * step
+        if self.pingpong:
+            busy = turns * max(each, store / 2) + store
+        else:
+            busy = turns * (each + store)
+        return LAUNCH + FIRST + busy
