@@ -5,6 +5,7 @@
 Source: Ba, Kiros and Hinton 2016, "Layer Normalization".
 """
 
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +16,13 @@ from torch import Tensor
 from mirage_hello import reference
 from mirage_hello.kernels import checks
 from mirage_hello.kernels.call import Call
+from mirage_hello.kernels.elementwise import SUFFIX, overlaps
 from mirage_hello.kernels.kernel import FLOATS, Kernel
 from mirage_hello.kernels.registry import Op, define, register
+from mirage_hello.ptx import loader
 
 MAX_TRITON_ROW = 16384  # a row stays in the registers of one block
+MAX_PTX_ROW = 8192  # the same: 8 warps, 8 accesses of 16 bytes a thread in float32
 
 # Contract
 
@@ -58,6 +62,65 @@ def layer_norm_torch(
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+# PTX
+
+
+def layer_norm_ptx(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    out = torch.empty_like(x)
+    if out.numel() == 0:
+        return out
+    width = x.shape[-1]
+    warps, teams = warps_and_teams(width * x.element_size())
+    rows = x.numel() // width
+    program = ptx_program(width, x.dtype, overlaps(x.get_device()))
+    grid, block = (-(-rows // teams), 1, 1), (32 * warps * teams, 1, 1)
+    args = (x, weight, bias, out, rows, eps)
+    program.launch(f"layer_norm_{SUFFIX[x.dtype]}", grid, block, args)
+    return out
+
+
+def ptx_program(width: int, dtype: torch.dtype, overlap: bool) -> loader.Program:
+    warps, teams = warps_and_teams(width * dtype.itemsize)
+    return loader.program(
+        "layer_norm",
+        dtype=SUFFIX[dtype],
+        WIDTH=width,
+        INVERSE=float_bits(1 / width),
+        WARPS=warps,
+        TEAMS=teams,
+        OVERLAP=overlap,
+    )
+
+
+def warps_and_teams(row_bytes: int) -> tuple[int, int]:
+    """Warps of a row: at most 8 accesses of 16 bytes a thread, up to 8 warps. Rows of a block."""
+    warps = next((w for w in (1, 2, 4) if row_bytes <= 32 * w * 8 * 16), 8)
+    return warps, 4 if warps == 1 else 1
+
+
+def float_bits(value: float) -> str:
+    """A float32 constant of PTX."""
+    return f"0f{struct.unpack('<I', struct.pack('<f', value))[0]:08X}"
+
+
+def supports_ptx(call: Call) -> str | None:
+    x = call.args["x"]
+    if x.numel == 0:
+        return None
+    width, elements = x.shape[-1], 16 // x.dtype.itemsize
+    if width % elements or width > MAX_PTX_ROW:
+        return (
+            f"the last dimension must be a multiple of {elements}, at most {MAX_PTX_ROW} "
+            f"(got {width})"
+        )
+    for name, t in call.tensors.items():
+        if not (t.is_contiguous and t.aligned16):
+            return f"needs {name} contiguous and 16-byte aligned (got strides {t.stride})"
+    return None
+
+
 # Triton
 
 
@@ -86,6 +149,16 @@ register(
         devices=("cpu", "cuda"),
         dtypes=(*FLOATS, torch.float64),
         differentiable=True,
+    )
+)
+register(
+    Kernel(
+        "layer_norm",
+        "ptx",
+        layer_norm_ptx,
+        supports_ptx,
+        source="ptx/layer_norm.ptx.j2",
+        arch="sm_80",
     )
 )
 register(

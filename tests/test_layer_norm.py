@@ -1,12 +1,15 @@
 """layer_norm: parity over backends, dtypes, lengths, layouts, extreme values; mean and variance."""
 
+import re
+
 import pytest
 import torch
 from every_backend import PROPERTY, assert_parity, outputs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_hello.kernels import ops
+from mirage_hello.kernels import layer_norm, ops, parity
+from mirage_hello.ptx import assembler
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1,), (1, 1), (3, 77), (2, 5, 127), (9, 129), (4, 320), (1, 5000), (33, 16)]
@@ -23,6 +26,33 @@ def test_parity(shape, dtype, device):
     weight, bias = (draw(device, dtype, shape[-1]) for _ in range(2))
     assert_parity("layer_norm", x, weight, bias)
     assert_parity("layer_norm", x, None, bias, eps=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 200, 320, 640, 1280, 4096, 8192])
+def test_parity_of_the_ptx(width, dtype, device):
+    """Rows of 1 to 8 warps, in the emulator and on a GPU; a mean far above the spread."""
+    backend = "ptx-emulated" if device.type == "cpu" else "ptx"
+    kernel = next(k for k in ops.layer_norm.kernels if k.backend == backend)
+    for mean, spread in ((3, 1), (1000, {torch.float32: 0.1}.get(dtype, 10)), (0, 1e-4), (3, 0)):
+        x = (mean + spread * torch.randn(5, width, device=device)).to(dtype)
+        x[1, 0] = 0  # an outlier
+        weight, bias = (draw(device, dtype, width) for _ in range(2))
+        for args in ((x, weight, bias), (x, None, bias, 1e-3)):
+            result = parity.compare("layer_norm", kernel, args)
+            assert result.passed, f"{mean} +- {spread}: {result}"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 320, 1280, 8192])
+def test_ptx_assembles_within_its_budget(width, dtype, arch):
+    text = layer_norm.ptx_program(width, dtype, overlap=arch != "sm_80").text
+    assert text.isascii()
+    budget = int(re.search(r"// Budget +registers <= (\d+), spills 0", text)[1])
+    _, report = assembler.ptxas(text, arch, ("-v",))
+    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= budget, report
+    assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}, report
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
