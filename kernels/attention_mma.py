@@ -31,6 +31,7 @@ class Tile:
     blocks_per_sm: int = 2
     q_kept: int = 16
     fence: int = 0
+    skew: int = 0
 
     @property
     def block_m(self) -> int:
@@ -38,11 +39,16 @@ class Tile:
 
     def smem_bytes(self, head_dim: int) -> int:
         """Q and two buffers of K and V, rows in pieces of 128 B."""
-        return -(-head_dim // 64) * 128 * (self.block_m + 4 * self.block_n)
+        return -(-head_dim // 64) * 128 * (self.block_m + (6 if self.skew else 4) * self.block_n)
 
     def program(self, head_dim: int, kind: str) -> loader.Program:
         sizes = {name.upper(): size for name, size in asdict(self).items()}
-        return loader.program("attention.sm80", HEAD_DIM=head_dim, dtype=kind, **sizes)
+        return loader.program(
+            "attention_skewed.sm80" if self.skew else "attention.sm80",
+            HEAD_DIM=head_dim,
+            dtype=kind,
+            **sizes,
+        )
 
 
 def choose_tile(head_dim: int) -> Tile:

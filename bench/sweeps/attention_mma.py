@@ -54,21 +54,27 @@ def tiles(n: int, m: int, d: int) -> list[Tile]:
     """Tiles worth timing at this shape."""
     found = [choose_tile(d)]
     if d <= 64:
-        for block_n, blocks, fence in product((64, 128), (2, 3) + (4,) * (d <= 48), (0, 1)):
-            found += [Tile(2, block_n, 4, blocks, kept, fence) for kept in (2, 16)]
-        found += [Tile(1, bn, 4, x, 16, f) for bn, x, f in product((64, 128), (3, 4, 5), (0, 1))]
-        found += [Tile(2, 64, 2, x, 16, 1) for x in (4, 6)]
+        for bn, blocks, fence in product((64, 128), (2, 3) + (4,) * (d <= 48), (0, 1)):
+            found += [Tile(2, bn, 4, blocks, 16, fence)]
+        found += [Tile(1, bn, 4, x, 16, f) for bn, x, f in product((64, 128), (3, 4), (0, 1))]
+        found += [Tile(2, 64, 2, 4, 16, 1), Tile(2, 64, 4, 3, 2, 1)]
+        for bn, blocks, fence in product((32, 64), (2, 3), (0, 1)):
+            found += [Tile(2, bn, 4, blocks, 16, fence, 1)]
+        found += [Tile(1, 64, 4, x, 16, f, 1) for x, f in product((3, 4), (0, 1))]
     elif d <= 80:
         found += [Tile(1, bn, 4, x, 16, f) for bn, x, f in product((32, 64, 128), (1, 3), (0, 1))]
         found += [Tile(2, 64, w, 4 // w * 2, 16, f) for w, f in product((2, 4), (0, 1))]
+        found += [Tile(1, bn, 4, 3, 16, f, 1) for bn, f in product((32, 64), (0, 1))]
     elif d <= 128:
-        for block_n, kept, fence in product((32, 64), (0, 2, 4, 6, 8), (0, 1)):
-            found += [Tile(2, block_n, 4, 2, kept, fence)]
+        for bn, kept, fence in product((32, 64), (0, 2, 4, 8), (0, 1)):
+            found += [Tile(2, bn, 4, 2, kept, fence)]
+        found += [Tile(2, 32, 4, 2, kept, f, 1) for kept, f in product((0, 2, 4, 8), (0, 1))]
         found += [Tile(1, 64, 4, x, 16, f) for x, f in product((2, 3), (0, 1))]
-        found += [Tile(2, 64, 8, 1, kept, 1) for kept in (4, 8)]
+        found += [Tile(1, 32, 4, x, 16, f, 1) for x, f in product((2, 3), (0, 1))]
     else:
         found += [Tile(1, bn, 4, x, 16, f) for bn, x, f in product((16, 32, 48), (1, 2), (0, 1))]
         found += [Tile(1, bn, 2, 2, 16, f) for bn, f in product((16, 32), (0, 1))]
+        found += [Tile(1, 32, w, 2, 16, f, 1) for w, f in product((2, 4), (0, 1))]
     return [t for t in dict.fromkeys(found) if t.smem_bytes(d) <= SMEM]
 
 
