@@ -16,7 +16,7 @@ SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16"}
 class Tile:
     """64 * warpgroups queries by block_n keys, `stages` key blocks in flight.
 
-    poly: how many of every 8 exponentials run as polynomials on the FMA units.
+    poly: how many of every 16 exponentials run as polynomials on the FMA units.
     lazy: the first block's row maxima serve all blocks; see the header of the source.
     """
 
@@ -26,6 +26,17 @@ class Tile:
     ping_pong: bool
     poly: int
     lazy: bool = False
+    key_groups: int = 1
+    order: str = "qk_pv"
+    turn: str = "both"
+    late_sums: bool = False
+    degree: int = 3
+    min_ctas: int = 1
+    resident: bool = False
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups * self.key_groups + (not self.resident))
 
     def smem_bytes(self, head_dim: int) -> int:
         """Q rows and 2 x stages key blocks of 128-byte rows, one row per 64 columns; barriers."""
@@ -42,6 +53,13 @@ class Tile:
             PING_PONG=self.ping_pong,
             POLY=self.poly,
             LAZY=self.lazy,
+            KEY_GROUPS=self.key_groups,
+            ORDER=self.order,
+            TURN=self.turn,
+            LATE_SUMS=self.late_sums,
+            DEGREE=self.degree,
+            MIN_CTAS=self.min_ctas,
+            RESIDENT=self.resident,
             dtype=dtype,
         )
 
@@ -64,7 +82,7 @@ def attention_sm90a(
     tile.program(d, short).launch(
         f"attention_{short}",
         grid=(-(-n // block_m), h, b),
-        block=(128 * (tile.warpgroups + 1),),
+        block=(tile.threads,),
         args=(*maps, m, -(-m // tile.block_n), scale_log2),
         smem_bytes=tile.smem_bytes(d),
     )
@@ -94,7 +112,7 @@ def choose_tile(heads: int, n: int, m: int, d: int, dtype: torch.dtype) -> Tile:
     if d <= 48 and m <= 80 and tiles(4) >= 96:
         return Tile(4, 80, 2, False, 0)
     if d <= 48 and tiles(4) >= 96:
-        return Tile(4, 80, 3, True, 1 if lazy else 0, lazy)
+        return Tile(4, 80, 3, True, 2 if lazy else 0, lazy)
     if d <= 64 and m >= 8192 and tiles(4) >= 96:
         return Tile(4, 64, 3, True, 0, lazy)
     if d <= 64 and tiles(3) >= 96:

@@ -36,22 +36,64 @@ CASES = {
 SMEM = 232448  # bytes a block may have on Hopper
 
 
-def tiles(n: int, m: int, d: int) -> list[Tile]:
+# (order of the products, turn passed on after, sums after the wait for P V)
+SCHEDULES = (
+    ("qk_pv", "both", False),
+    ("qk_pv", "both", True),
+    ("qk_pv", "first", False),
+    ("qk_pv", "first", True),
+    ("qk_pv", "none", True),
+    ("pv_qk", "both", False),
+    ("pv_qk", "first", False),
+    ("pv_qk", "none", False),
+)
+
+
+def scheduled(tile: Tile, schedules: tuple = SCHEDULES) -> list[Tile]:
+    return [
+        replace(tile, order=order, turn=turn, ping_pong=turn != "none", late_sums=late)
+        for order, turn, late in schedules
+    ]
+
+
+def tiles(n: int, m: int, d: int, b: int) -> list[Tile]:
     """Tiles worth timing at this shape, by what wider sweeps said; docs/attention.md has those."""
     if m <= 128:
-        base = [Tile(g, -(-m // 16) * 16, stages, False, 0) for g in (2, 4) for stages in (1, 2)]
+        base = [Tile(4, 80, 2, False, 0)]
+        base += [Tile(g, 80, 1, False, 0, resident=True) for g in (1, 2, 3, 4)]
+        base += [Tile(1, 80, 1, False, 0, resident=True, min_ctas=c) for c in (3, 4)]
+        base += [Tile(2, 80, 1, False, 0, resident=True, min_ctas=2)]
     elif d <= 48:
-        base = [Tile(4, bn, 3, pp, 0, True) for bn in (64, 80) for pp in (True, False)]
+        base = scheduled(Tile(4, 80, 3, True, 2, True))
+        base += scheduled(Tile(4, 80, 3, True, 4, True))
+        base += scheduled(Tile(4, 80, 4, True, 3, True), SCHEDULES[2:4] + SCHEDULES[6:7])
+        base += scheduled(Tile(4, 80, 3, True, 4, True, degree=2), SCHEDULES[2:4] + SCHEDULES[6:7])
+        base += scheduled(Tile(4, 80, 3, True, 5, True, degree=2), SCHEDULES[2:4] + SCHEDULES[6:7])
+        if b == 1:
+            base += scheduled(Tile(4, 64, 3, True, 4, True), SCHEDULES[2:])
+    elif d <= 64 and n >= 4096 and m < 8192:
+        base = scheduled(Tile(3, 128, 2, True, 1, True)) + scheduled(Tile(3, 128, 2, True, 3, True))
+        base += scheduled(Tile(3, 112, 3, True, 2, True), SCHEDULES[2:4] + SCHEDULES[6:7])
+        base += [Tile(3, 128, 2, False, 0, True)]
+    elif d <= 64 and m >= 8192:
+        base = scheduled(Tile(4, 64, 3, True, 0, True)) + scheduled(Tile(4, 64, 4, True, 2, True))
+        base += scheduled(Tile(3, 128, 2, True, 2, True), SCHEDULES[2:4] + SCHEDULES[6:7])
     elif d <= 64:
-        base = [Tile(3, bn, 2, pp, 0, True) for bn in (112, 128) for pp in (True, False)]
-        base += [Tile(4, 64, 3, True, 0, True)] * (m >= 8192)
+        base = scheduled(Tile(3, 128, 2, True, 1, True))
     elif d <= 128 and n >= 4096:
-        base = [Tile(2, bn, 2, pp, 0, True) for bn in (96, 128) for pp in (True, False)]
+        base = scheduled(Tile(2, 128, 2, True, 0, True)) + scheduled(Tile(2, 96, 3, True, 0, True))
+    elif d <= 128:
+        split = (Tile(1, 128, 3, False, 0, True), Tile(1, 64, 4, False, 0, True, key_groups=2))
+        split += (Tile(1, 96, 4, False, 0, True, key_groups=2),)
+        split += (Tile(1, 64, 6, False, 0, True, key_groups=3),)
+        split += (Tile(1, 48, 8, False, 0, True, key_groups=4),)
+        base = [s for tile in split for s in scheduled(tile, SCHEDULES[4:5] + SCHEDULES[7:])]
+        base += [replace(t, poly=2) for t in base[2:8]]
     else:
-        base = [Tile(1, bn, 2, False, 0, True) for bn in (64, 128)]
-        base += [Tile(1, 128, 3, False, 0, True)] * (d <= 80)
-    if m > 128 and d <= 80:
-        base += [replace(t, poly=p) for t in base for p in (1, 2)]
+        split = (Tile(1, 64, 2, False, 0, True), Tile(1, 64, 4, False, 0, True, resident=True))
+        split += (Tile(1, 64, 4, False, 0, True, key_groups=2, resident=True),)
+        split += (Tile(1, 32, 8, False, 0, True, key_groups=2, resident=True),)
+        base = [s for tile in split for s in scheduled(tile, SCHEDULES[4:5] + SCHEDULES[7:])]
     return [t for t in base if t.smem_bytes(d) <= SMEM]
 
 
@@ -67,7 +109,7 @@ def run_case(name: str) -> dict:
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     ).transpose(1, 2)
     plain = pick(sdpa())
-    candidates = tiles(n, m, d)
+    candidates = tiles(n, m, d, b)
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda t: t.program(d, "bf16").compile("sm_90a"), candidates))
     # Scores of some thousands, larger in the keys that are walked last: a lazy maximum overflows.
