@@ -1,111 +1,289 @@
-"""Tile sweep of linear.sm90a (linear and geglu) on a GPU: parity, then time beside cuBLAS.
+"""Tile sweep of linear.sm90a and its variants on a GPU: parity, then time beside cuBLAS.
 
-python bench/sweeps/linear.py [CASE-SUBSTRING]      writes $OUT/sweep-linear.json
+python bench/sweeps/linear.py [GROUP-SUBSTRING ...]      writes $OUT/sweep-linear.json
+
+A group of cases runs in one process: odd, plain, fused, normed, fp8. The peers are torch's own
+sequences (cuBLAS, then elementwise kernels), eager and compiled.
 """
 
+import contextlib
+import functools
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mirage_hello import reference
-from mirage_hello.bench.sweeps import product, runner
+from mirage_hello.bench import harness
+from mirage_hello.bench.sweeps import runner
+from mirage_hello.kernels import layer_norm_linear, linear_fp8, parity, tuning
 from mirage_hello.kernels import linear_sm90a as gemm
-from mirage_hello.kernels import parity
-from mirage_hello.kernels.product_sm90a import Tile
+from mirage_hello.kernels.linear_sm90a import Tile
+from mirage_hello.ptx import loader, programmatic
 
-# name: (op, M, K, N)
-SHAPES = (
+# M, K, N (geglu: both halves)
+PLAIN = (
     (4096, 320, 2560), (4096, 1280, 320), (1024, 640, 5120), (1024, 2560, 640),
     (256, 1280, 10240), (256, 5120, 1280), (4096, 320, 320), (1024, 640, 640), (256, 1280, 1280),
 )  # fmt: skip
-CASES = {f"linear {m}x{k}x{n}": ("linear", m, k, n) for m, k, n in SHAPES}
-CASES |= {f"geglu {m}x{k}x{n}": ("geglu", m, k, n) for m, k, n in (SHAPES[0], SHAPES[2], SHAPES[4])}
-TILES = 16
+RESIDUAL = (*PLAIN[1:6:2], *PLAIN[6:])
+QKV = ((4096, 320, 960), (1024, 640, 1920), (256, 1280, 3840))
+GEGLU = PLAIN[0:6:2]
+FP8 = PLAIN[:6]
+EFFORT = harness.Effort(rounds=6, sample_us=400.0)
+TILES = 12
+
+Run = Callable[..., Tensor]
 
 
-def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+@dataclass
+class Case:
+    """One row: what runs (with tile=), what it is measured against, how it is judged."""
+
+    name: str
+    run: Run
+    peers: dict[str, Callable[[], Tensor]]
+    judge: Callable[[Tensor], str]  # "" or what is wrong
+    program: Callable[[Tile], loader.Program]
+    candidates: list[Tile] = field(default_factory=list)
+
+
+def draw(*shape: int, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
-def tiles(op: str, m: int, k: int, columns: int) -> list[Tile]:
-    """The tiles with the least estimated time, at most 3 of one shape of output tile."""
-    blocks, gated = -(-k // 64), op == "geglu"
+def programs(
+    op: str, k: int, residual: bool = False, norm: bool = False, dtype: str = "bf16"
+) -> Callable[[Tile], loader.Program]:
+    """Tile -> its program, which ptxas may compile before the first launch."""
+    fp8 = dtype == "e4m3"
+    blocks = -(-k // (128 if fp8 else 64))
 
-    def clocks(tile: Tile) -> float:
-        width = tile.block_n // 2 if gated else tile.block_n
-        count = -(-m // tile.block_m) * -(-columns // width)
-        return tile.clocks(count, blocks, tile.block_m * 128)
+    def made(tile: Tile) -> loader.Program:
+        fitted = tile.fitted(blocks, op == "geglu", norm or fp8, residual)
+        return gemm.program(op, fitted, dtype, norm, residual)
 
-    found: list[Tile] = []
-    for tile in sorted(gemm.candidates(blocks, gated), key=clocks):
-        alike = [t for t in found if (t.block_m, t.block_n) == (tile.block_m, tile.block_n)]
-        if len(alike) < 3 and len(found) < TILES:
+    return made
+
+
+def compile_all(pairs: list[tuple[Case, Tile]]) -> None:
+    with ThreadPoolExecutor(16) as pool:  # ptxas is a process of its own
+        list(pool.map(lambda pair: pair[0].program(pair[1]).compile("sm_90a"), pairs))
+
+
+def tiles(run: Run) -> list[Tile]:
+    """Of what `run` asks to choose among: the cheapest two of each kind, at most TILES."""
+    asked: list[tuning.Request] = []
+
+    def listen(request: tuning.Request) -> Tile:
+        asked.append(request)
+        raise tuning.Asked(request)
+
+    with tuning.listening(listen), contextlib.suppress(tuning.Asked):
+        run(tile=None)
+    ranked, found = asked[0].ranked(), list[Tile]()
+    kinds: dict[tuple, int] = {}
+    for tile in ranked:
+        kind = tile.groups, tile.m_tiles, tile.pingpong, tile.split > 1, tile.blocks_per_sm
+        kinds[kind] = kinds.get(kind, 0) + 1
+        if kinds[kind] <= 2 and len(found) < TILES:
             found.append(tile)
     return found
 
 
-def run_case(name: str) -> dict:
-    if name == "odd shapes":
-        return odd_shapes()
-    op, m, k, n = CASES[name]
+def judged(plain: Tensor, truth: Tensor) -> Callable[[Tensor], str]:
+    def judge(out: Tensor) -> str:
+        result = parity.judge(out, plain, truth)
+        return "" if result.passed else str(result)
+
+    return judge
+
+
+def linear_case(m: int, k: int, n: int, residual: bool = False) -> Case:
     x, weight, bias = draw(m, k), draw(n, k, scale=k**-0.5), draw(n)
-    columns = n // 2 if op == "geglu" else n
-    run = gemm.geglu_sm90a if op == "geglu" else gemm.linear_sm90a
-    truth = getattr(reference, op)(x.double(), weight.double(), bias.double())
+    added = draw(m, n) if residual else None
+    args = (x, weight, bias, added)
+    truth = reference.linear(x.double(), weight.double(), bias.double())
+    truth = truth if added is None else truth + added.double()
 
-    def unfused() -> torch.Tensor:
+    def eager() -> Tensor:
         out = F.linear(x, weight, bias)
-        if op == "linear":
-            return out
-        h, gate = out.chunk(2, dim=-1)
-        return h * F.gelu(gate)
+        return out if added is None else out + added
 
-    def compile_tile(tile: Tile) -> bytes:
-        fitted = tile.fitted(tile.share(-(-k // 64)))
-        return gemm.program(op, fitted, "bf16").compile("sm_90a")
-
-    plain = unfused()
-    case = product.Candidates(
-        peers={"cublas" if op == "linear" else "cublas, gelu, product": unfused},
-        run=lambda t: run(x, weight, bias, tile=t),
-        judge=lambda out: parity.judge(out, plain, truth),
-        tiles=tiles(op, m, k, columns),
-        chosen=gemm.choose_tile(m, columns, k, op == "geglu"),
-        compile=compile_tile,
-        flops=2.0 * m * k * n,
+    return Case(
+        f"linear {m}x{k}x{n}" + (" + residual" if residual else ""),
+        lambda tile: gemm.linear_sm90a(*args, tile=tile),
+        {"cublas, add" if residual else "cublas": eager},
+        judged(eager(), truth),
+        programs("linear", k, residual),
     )
-    return product.measure(name, case)
+
+
+def gated_case(m: int, k: int, n: int) -> Case:
+    x, weight, bias = draw(m, k), draw(n, k, scale=k**-0.5), draw(n)
+
+    def eager() -> Tensor:
+        return reference.geglu(x, weight, bias)
+
+    return Case(
+        f"geglu {m}x{k}x{n}",
+        lambda tile: gemm.geglu_sm90a(x, weight, bias, tile=tile),
+        {"cublas, gelu, product": eager, "compiled": torch.compile(eager)},
+        judged(eager(), reference.geglu(*(t.double() for t in (x, weight, bias)))),
+        programs("geglu", k),
+    )
+
+
+def normed_case(op: str, m: int, k: int, n: int) -> Case:
+    x, weight, bias = draw(m, k) + 0.5, draw(n, k, scale=k**-0.5), draw(n)
+    gamma, beta = 1 + draw(k, scale=0.1), draw(k, scale=0.1)
+    folded = layer_norm_linear.fold(gamma, beta, weight, bias)
+    of = getattr(reference, op)
+
+    def eager() -> Tensor:
+        return of(F.layer_norm(x, (k,), gamma, beta), weight, bias)
+
+    fused = getattr(layer_norm_linear, f"layer_norm_{op}")
+    normal = reference.layer_norm(x.double(), gamma.double(), beta.double())
+    return Case(
+        f"layer_norm, {op} {m}x{k}x{n}",
+        lambda tile: fused(x, folded, tile=tile),
+        {"layer_norm, cublas": eager, "compiled": torch.compile(eager)},
+        judged(eager(), of(normal, weight.double(), bias.double())),
+        programs(op, k, norm=True),
+    )
+
+
+def fp8_case(m: int, k: int, n: int) -> Case:
+    x, weight, bias = draw(m, k), draw(n, k, scale=k**-0.5), draw(n)
+    packed = linear_fp8.pack(weight, linear_fp8.calibrate([x]), bias)
+    q = linear_fp8.quantize(x, packed.x_scale)
+    quantised = linear_fp8.linear_fp8_torch(x.double(), packed)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+
+    def judge(out: Tensor) -> str:
+        short = ((out.double() - quantised).norm() / quantised.norm()).item()
+        return "" if short < 4e-3 else f"error {short:.1e} against the quantised values"
+
+    case = Case(
+        f"fp8 {m}x{k}x{n}",
+        lambda tile: linear_fp8.linear_fp8(q, packed, tile=tile),
+        {
+            "cublas bf16": lambda: F.linear(x, weight, bias),
+            "ours bf16": lambda: gemm.linear_sm90a(x, weight, bias),
+        },
+        judge,
+        programs("linear", k, dtype="e4m3"),
+    )
+    out = case.run(tile=None).double()
+    errors = [((out - t).norm() / t.norm()).item() for t in (quantised, exact)]
+    print(f"{case.name}: error {errors[0]:.2e} of the sums, {errors[1]:.2e} in all", flush=True)
+    return case
+
+
+GROUPS: dict[str, Callable[[], list[Case]]] = {
+    "plain": lambda: [linear_case(*s) for s in (*PLAIN, *QKV)],
+    "fused": lambda: (
+        [linear_case(*s, residual=True) for s in RESIDUAL] + [gated_case(*s) for s in GEGLU]
+    ),
+    "normed": lambda: (
+        [normed_case("linear", *s) for s in QKV] + [normed_case("geglu", *s) for s in GEGLU]
+    ),
+    "fp8": lambda: [fp8_case(*s) for s in FP8],
+}
+
+
+def run_group(name: str) -> dict:
+    if name == "odd":
+        return odd_shapes()
+    torch.manual_seed(0)
+    cases = GROUPS[name]()
+    for case in cases:
+        case.candidates = tiles(case.run)
+    compile_all([(case, tile) for case in cases for tile in case.candidates])
+    return {"case": name, "rows": [measured(case) for case in cases]}
+
+
+def measured(case: Case) -> dict:
+    """Parity and determinism of every tile, then hot times of all and cold times of the best."""
+    good: dict[str, Callable[[], Tensor]] = {}
+    wrong = []
+    for tile in case.candidates:
+        out = case.run(tile=tile)
+        fault = case.judge(out)
+        if not torch.equal(out, case.run(tile=tile)):
+            fault += " not the same bits twice"
+        if fault:
+            wrong.append(f"{label(tile)}: {fault}")
+            print(f"{case.name} WRONG {wrong[-1]}", flush=True)
+        else:
+            good[label(tile)] = functools.partial(case.run, tile=tile)
+    hot = medians({**case.peers, **good}, cold=False)
+    ranked = sorted(good, key=hot.__getitem__)
+    kept = {key: good[key] for key in ranked[:3]}
+    cold = medians({**case.peers, **kept}, cold=True)
+    with programmatic.without_overlap():
+        alone = medians({key: good[key] for key in ranked[:1]}, cold=False)
+    report(case, hot, cold, alone, ranked)
+    found = {"hot_us": hot, "cold_us": cold, "hot_without_overlap_us": alone}
+    return {"case": case.name, **found, "chosen": label(case.candidates[0]), "wrong": wrong}
+
+
+def report(case: Case, hot: dict, cold: dict, alone: dict, ranked: Sequence[str]) -> None:
+    peers = " ".join(f"{p} {hot[p]:.2f}/{cold[p]:.2f}" for p in case.peers)
+    best_hot, best_cold = (min(times[p] for p in case.peers) for times in (hot, cold))
+    first = f"{case.name}: {peers} us hot/cold"
+    print(first + "".join(f"; alone {t:.2f}" for t in alone.values()), flush=True)
+    chosen = label(case.candidates[0])
+    for key in dict.fromkeys([*ranked[:5], *(k for k in ranked if k == chosen)]):
+        also = f" cold {cold[key]:.2f} {best_cold / cold[key]:.2f}x" if key in cold else ""
+        mark = " <- chosen" if key == chosen else ""
+        print(f"  {hot[key]:6.2f} {best_hot / hot[key]:.2f}x {key}{also}{mark}", flush=True)
+
+
+def medians(contenders: dict[str, Callable[[], Tensor]], cold: bool) -> dict[str, float]:
+    timed = harness.measure(contenders, "cuda", cold=cold, effort=EFFORT)
+    return {key: t.median_us for key, t in timed.items()}
+
+
+def label(tile: Tile) -> str:
+    kind = " pingpong" if tile.pingpong else f" g{tile.groups}"
+    kind += f" split{tile.split}" if tile.split > 1 else ""
+    return f"{tile.block_m}x{tile.block_n}{kind}" + (" x2" if tile.blocks_per_sm == 2 else "")
 
 
 def odd_shapes() -> dict:
-    """Random shapes, the chosen tile and a random one."""
+    """Random shapes of every variant, the chosen tile and a random one."""
     seed = random.randrange(10**6)
     dice = random.Random(seed)
     torch.manual_seed(seed)
-    wrong, count = [], 0
-    for _ in range(36):
-        op = dice.choice(["linear", "geglu"])
-        m, k, n = dice.randint(1, 700), 8 * dice.randint(1, 90), 8 * dice.randint(1, 90)
-        weight = draw(2 * n if op == "geglu" else n, k, scale=k**-0.5)
-        args: tuple[torch.Tensor, ...] = (draw(m, k), weight, draw(weight.shape[0]))
-        args += (draw(m, n),) if op == "linear" else ()
-        truth = getattr(reference, op)(*(t.double() for t in args))
-        plain = getattr(reference, op)(*args)
-        kernels: dict[str, Callable[..., torch.Tensor]]
-        kernels = {"geglu": gemm.geglu_sm90a, "linear": gemm.linear_sm90a}
-        fits = gemm.candidates(-(-k // 64), op == "geglu")
-        for tile in (None, dice.choice(fits)):
-            result = parity.judge(kernels[op](*args, tile=tile), plain, truth)
-            count += 1
-            if not result.passed:
-                wrong.append(f"{op} {m}x{k}x{n}, {tile}: {result}")
+    pairs: list[tuple[Case, Tile]] = []
+    for _ in range(24):
+        m, n = dice.randint(1, 700), 8 * dice.randint(1, 90)
+        k, deep = 8 * dice.randint(1, 90), 64 * dice.randint(1, 12)
+        kind = dice.choice(("linear", "residual", "geglu", "layer_norm", "layer_norm, geglu"))
+        gated, norm = kind.endswith("geglu"), kind.startswith("layer_norm")
+        if norm:
+            case = normed_case("geglu" if gated else "linear", m, deep, n << gated)
+        elif gated:
+            case = gated_case(m, k, 2 * n)
+        else:
+            case = linear_case(m, k, n, kind == "residual")
+        fits = gemm.candidates(-(-(deep if norm else k) // 64), gated, norm)
+        pairs += [(case, tiles(case.run)[0]), (case, dice.choice(fits))]
+    compile_all(pairs)
+    faults = [(case, tile, case.judge(case.run(tile=tile))) for case, tile in pairs]
+    wrong = [f"{case.name}, {tile}: {fault}" for case, tile, fault in faults if fault]
+    count = len(pairs)
     print(f"odd shapes, seed {seed}: {count - len(wrong)} of {count} right", flush=True)
     print("\n".join(wrong[:10]), flush=True)
-    return {"case": "odd shapes", "seed": seed, "count": count, "wrong": wrong}
+    return {"case": "odd", "seed": seed, "count": count, "wrong": wrong}
 
 
 if __name__ == "__main__":
-    sys.exit(runner.main(__file__, "linear", ["odd shapes", *CASES], run_case))
+    sys.exit(runner.main(__file__, "linear", ["odd", *GROUPS], run_group, limit_s=60))
