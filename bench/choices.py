@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mirage_hello.kernels import measured
+from mirage_hello.kernels import measured, ops
 
 from . import run_file
 
@@ -21,7 +21,7 @@ def choices(run: run_file.Run) -> dict[str, dict[str, dict[str, float]]]:
     for cache in reversed(PREFERRED):
         times: dict[tuple[str, str, str], float] = {}
         for row in run["rows"]:
-            if row.get("cache") == cache and row.get("label"):
+            if row.get("cache") == cache and row.get("label") and row["op"] in ops:
                 key = row["op"], row["label"], row["backend"]
                 times[key] = min(times.get(key, float("inf")), row["time_us"]["p50"])
         for (op, label, backend), time_us in times.items():

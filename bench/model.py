@@ -1,4 +1,4 @@
-"""Rows of the model: residual_block, unet_step and (in `frames`) frame.
+"""Rows of the model: unet_step and (in `frames`) frame.
 
 Every way of running is timed in one process, in turn:
     torch-eager     the torch backend, NHWC, called op by op (the registry's dispatch included,
@@ -45,13 +45,10 @@ class Unit:
 
 
 def units(group: str, options: Options, limits: dict[str, Any]) -> Iterator[Unit]:
-    """What a group of the model measures: "residual_block", "unet_step" or "frame"."""
-    from . import frames, residual_block
+    """What a group of the model measures: "unet_step" or "frame"."""
+    from . import frames
 
     dtype = model_dtype(options)
-    if group == "residual_block":
-        yield from residual_block.units(options, limits)
-        return
     models = Models(options)
     height, width = options.size
     name = f"{options.preset} {width}x{height}"

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import composed
 from .case import Case
 
 
@@ -53,13 +54,19 @@ def model_to_frame(x: Tensor) -> Tensor:
     return scaled.permute(0, 2, 3, 1).to(torch.uint8, memory_format=torch.contiguous_format)
 
 
+def group_norm_silu(x, groups, weight=None, bias=None, eps=1e-5) -> Tensor:
+    return F.silu(F.group_norm(x, groups, weight, bias, eps))
+
+
 EAGER: dict[str, Callable[..., Tensor]] = {
+    "norm_conv2d": composed.norm_conv2d_by(group_norm_silu, conv2d),
+    "residual_block": composed.residual_block_by(group_norm_silu, conv2d),
     "attention": attention,
     "conv2d": conv2d,
     "linear": linear,
     "geglu": geglu,
     "group_norm": lambda x, groups, w, b, eps: F.group_norm(x, groups, w, b, eps),
-    "group_norm_silu": lambda x, groups, w, b, eps: F.silu(F.group_norm(x, groups, w, b, eps)),
+    "group_norm_silu": group_norm_silu,
     "layer_norm": lambda x, w, b, eps: F.layer_norm(x, x.shape[-1:], w, b, eps),
     "silu": F.silu,
     "axpby": lambda a, x, b, y: torch.add(a * x, y, alpha=b),

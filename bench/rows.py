@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirage_hello.kernels import Kernel, ops
+from mirage_hello.kernels import Kernel, Op, ops
 from mirage_hello.kernels.call import Call
 from mirage_hello.kernels.parity import Parity, exact_float32, in_float64, judge, poison
 
+from . import composed
 from . import peers as peer_functions
 from .case import Case, Draw
 from .ceilings import bound_us
@@ -115,7 +116,7 @@ def measure_case(
     parities: dict[str, Parity] = {}
     kernels: dict[str, Kernel] = {}
     outputs: dict[str, Tensor] = {}
-    for kernel in ops_kernels(case.op):
+    for kernel in op_named(case.op).kernels:
         reason = left_out(kernel, subject.call, options, lost)
         if reason:
             outcome.skipped.append({**subject.where, "kernel": kernel.name, "reason": reason})
@@ -143,9 +144,9 @@ def measure_case(
     return outcome
 
 
-def ops_kernels(op: str) -> list[Kernel]:
-    """The registered kernels of an op."""
-    return list(getattr(ops, op).kernels)
+def op_named(name: str) -> Op:
+    """A registered op, or one that the benchmark composes of them."""
+    return composed.OPS.get(name) or getattr(ops, name)
 
 
 def prepare(case: Case, dtype: str, options: Options) -> Subject:
@@ -153,7 +154,7 @@ def prepare(case: Case, dtype: str, options: Options) -> Subject:
     # A seed of its own for each case, the same in every run and every process.
     seed = options.seed + zlib.crc32(f"{case.op} {case.name} {dtype}".encode())
     args = case.make(Draw(options.device, getattr(torch, dtype), seed))
-    op = getattr(ops, case.op)
+    op = op_named(case.op)
     with torch.no_grad(), exact_float32():
         truth = op.reference(*in_float64(args))
         plain = op.torch_kernel.run(*args)

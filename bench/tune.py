@@ -28,7 +28,17 @@ from mirage_hello.ptx import loader
 
 from .case import Case, Draw
 from .harness import Effort, measure
-from .rows import STEP_SECONDS, Begin, Options, Outcome, Subject, left_out, prepare, rotated
+from .rows import (
+    STEP_SECONDS,
+    Begin,
+    Options,
+    Outcome,
+    Subject,
+    left_out,
+    op_named,
+    prepare,
+    rotated,
+)
 
 EFFORT = Effort(rounds=8, sample_us=400.0)
 COMPILE_SECONDS = 120.0  # of all candidates of a shape, on every core
@@ -49,7 +59,7 @@ def tune_case(
     outcome = Outcome()
     begin("inputs", STEP_SECONDS)
     subject = prepare(case, dtype, options)
-    for kernel in getattr(ops, case.op).kernels:
+    for kernel in op_named(case.op).kernels:
         if tuning.has_tiles(kernel.run) and not left_out(kernel, subject.call, options):
             for request in requests(kernel, subject.args):
                 tuned = Tuned(subject, kernel, request, options.tiles)

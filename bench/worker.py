@@ -19,7 +19,18 @@ from typing import Any
 
 import torch
 
-from . import attention, conv2d, elementwise, group_norm, layer_norm, linear, model, run_file, tune
+from . import (
+    attention,
+    composed,
+    conv2d,
+    elementwise,
+    group_norm,
+    layer_norm,
+    linear,
+    model,
+    run_file,
+    tune,
+)
 from .case import Case
 from .ceilings import ceilings
 from .rows import STEP_SECONDS, Options, Outcome, measure_case
@@ -27,14 +38,15 @@ from .summary import row_line
 
 # group -> its cases; the groups of the model are in `model`. The order is the order of a run.
 CASES: dict[str, tuple[tuple[Case, ...], tuple[Case, ...]]] = {
-    "group_norm": (group_norm.CASES, group_norm.SMALL),
-    "elementwise": (elementwise.CASES, elementwise.SMALL),
     "attention": (attention.CASES, attention.SMALL),
     "conv2d": (conv2d.CASES, conv2d.SMALL),
+    "composed": (composed.CASES, composed.SMALL),
     "linear": (linear.CASES, linear.SMALL),
+    "group_norm": (group_norm.CASES, group_norm.SMALL),
     "layer_norm": (layer_norm.CASES, layer_norm.SMALL),
+    "elementwise": (elementwise.CASES, elementwise.SMALL),
 }
-MODEL_OPS = ("residual_block", "unet_step", "frame")
+MODEL_OPS = ("unet_step", "frame")
 GROUPS = ("ceilings", *CASES, *MODEL_OPS)
 MODEL_TILES = "model tiles"  # of `mirage tune`: every call of the model that has tiles
 # A unit that lost one of these in an earlier process is given up; any other step is left out.

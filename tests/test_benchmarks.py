@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from mirage_hello.bench import frames, model, peers, run_file, worker
+from mirage_hello.bench import composed, frames, peers, worker
 from mirage_hello.bench.case import PEERS
-from mirage_hello.bench.rows import INTERPRETED, Options, left_out, prepare
-from mirage_hello.kernels import ops
+from mirage_hello.bench.rows import INTERPRETED, Options, left_out, op_named, prepare
+from mirage_hello.kernels import conv2d_fused, ops
 
 OPTIONS = Options(device="cpu")
 CASES = [case for case, _ in worker.cases(OPTIONS)]
@@ -20,7 +20,7 @@ CASE_IDS = [f"{case.op} {case.name}" for case in CASES]
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 def test_speed(case, benchmark):
     subject = prepare(case, "float32", OPTIONS)
-    runnable = [k for k in getattr(ops, case.op).kernels if not left_out(k, subject.call, OPTIONS)]
+    runnable = [k for k in op_named(case.op).kernels if not left_out(k, subject.call, OPTIONS)]
     kernel = min(runnable, key=lambda k: k.backend == "torch")  # ours where one runs on a CPU
     with torch.no_grad():
         parity = subject.judge(kernel.run(*subject.args))
@@ -41,7 +41,7 @@ def test_a_peer_computes_the_op(case):
 
 def test_every_op_has_cases_and_a_peer():
     names = {op.name for op in ops}
-    assert names == {case.op for case in CASES} == set(peers.EAGER)
+    assert names | set(composed.OPS) == {case.op for case in CASES} == set(peers.EAGER)
 
 
 def test_cases_name_known_peers():
@@ -66,20 +66,17 @@ def test_every_peer_of_a_quick_case_runs_on_the_gpu(group):
                 assert error < 2e-2, (case.op, case.name, name)
 
 
+@pytest.mark.parametrize("name", composed.OPS)
+def test_the_fused_way_computes_the_same(name, monkeypatch):
+    """Its kernel runs on Hopper; here conv2d_fused takes torch's way."""
+    monkeypatch.setitem(conv2d_fused.BACKENDS, "ptx", conv2d_fused.BACKENDS["torch"])
+    case = next(case for case in composed.SMALL if case.op == name)
+    subject = prepare(case, "float32", OPTIONS)
+    (fused,) = (k for k in op_named(name).kernels if k.name.endswith("fused"))
+    assert subject.judge(fused.run(*subject.args)).passed
+
+
 class TestModelRows:
-    LIMITS = {"copy_gbps": 10.0, "matrix_tflops": {"float32": 0.1}, "launch_us": 1.0}  # noqa: RUF012
-
-    def test_a_residual_block_has_a_row(self):
-        options = Options(device="cpu", quick=True)
-        (unit,) = model.units("residual_block", options, self.LIMITS)
-        outcome = unit.run(lambda step, seconds: None, ())
-        (row,) = outcome.rows
-        run = run_file.new_run("cpu", "0123456")
-        run["rows"] = outcome.rows
-        run_file.validate(run)
-        assert row["parity"]["error"] <= row["parity"]["allowed"]
-        assert set(row["kernels"]) == {"conv2d", "group_norm_silu"} and row["peers"]
-
     def test_a_clip_plays_to_and_fro(self):
         clip = np.arange(4)
         assert [*frames._played(clip, 0, 9)] == [0, 1, 2, 3, 2, 1, 0, 1, 2]

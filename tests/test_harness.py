@@ -11,12 +11,14 @@ from mirage_hello.bench import (
     attention,
     ceilings,
     choices,
+    composed,
     conv2d,
     elementwise,
     group_norm,
     harness,
     layer_norm,
     linear,
+    rows,
     run_file,
     supervisor,
     worker,
@@ -140,12 +142,12 @@ class TestCases:
 
     @pytest.mark.parametrize("group", worker.CASES)
     def test_small_cases_count_the_bytes_of_their_arguments_and_output(self, group):
-        from mirage_hello.kernels import ops
-
         for case in worker.CASES[group][1]:
             args = case.make(Draw("cpu", torch.float32, 0))
             tensors = [a for a in args if isinstance(a, torch.Tensor)]
-            tensors.append(getattr(ops, case.op).reference(*args))
+            if case.op in composed.OPS:
+                del tensors[1]  # the sums, which only some ways read
+            tensors.append(rows.op_named(case.op).reference(*args))
             moved = sum(t.numel() * t.element_size() for t in tensors)
             assert case.bytes_moved(torch.float32) == moved, (case.op, case.name)
 

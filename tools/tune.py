@@ -110,11 +110,12 @@ def _options(args: argparse.Namespace) -> Any:
 
 def _groups(options: Any) -> list[str]:
     """Groups with a case of an op that has tiles."""
+    from mirage_hello.bench.rows import op_named
     from mirage_hello.bench.worker import CASES, cases
-    from mirage_hello.kernels import ops, tuning
+    from mirage_hello.kernels import tuning
 
     def tiled(op: str) -> bool:
-        return any(tuning.has_tiles(kernel.run) for kernel in getattr(ops, op).kernels)
+        return any(tuning.has_tiles(kernel.run) for kernel in op_named(op).kernels)
 
     groups = [g for g in CASES if any(tiled(case.op) for case, _ in cases(options, g))]
     if not groups:
