@@ -1,16 +1,17 @@
 """Closed-loop evaluation against rendered truth: thousands of frames of the model's own outputs.
 
     evaluation = Evaluation(EvalConfig(frames=1000), device)
-    numbers = evaluate(Candidate("tiny", denoiser, autoencoder), evaluation)
+    numbers, = evaluate([Candidate("tiny", denoiser, autoencoder)], evaluation)
 
-All streams (seeds x styles) advance together. The truth is drawn for the same frames, so every
-number is against what should have been there, with no reference video and no downloaded metric.
+All streams (seeds x styles) of all candidates advance together, so each frame is rendered once.
+The truth is drawn for the same frames: every number is against what should have been there, with
+no reference video and no downloaded metric.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from mirage_hello.model.data.city import HELD_OUT, City
 from mirage_hello.model.data.styles import STYLES
 from mirage_hello.model.data.worlds import Shot, WorldConfig, Worlds
 from mirage_hello.model.denoiser import Denoiser
+from mirage_hello.model.drift import Curves, by_seed, excerpt, summary
 from mirage_hello.model.rollout import Rollout, quantised
 
 AWAY = 70  # frames of the persistence walk before it turns back
 EARLY = 20  # its first frames are compared: out of view for at least 2 (70 - 20) = 100 frames
-COLLAPSE_DB = 3.0  # a stream that loses more has collapsed
+SHORTER = (1000,)  # a longer run is also summed up to here
 FIRST = 100  # clips are entered here, where snow and puddles have begun
 
 
@@ -54,32 +56,26 @@ class EvalConfig:
 
 @dataclass
 class Candidate:
-    """One thing to measure: networks, how many steps, and whether it remembers."""
+    """One thing to measure: networks, how many steps, and whether it remembers.
+
+    frames: its long run ends there (0: with the others'); short: the long run alone.
+    """
 
     name: str
     denoiser: Denoiser
     autoencoder: Autoencoder
     steps: int = 2
     remember: bool = True
-
-
-@dataclass
-class Curves:
-    """Per measured frame: numbers [T], and values name -> [T, B]."""
-
-    frames: list[int] = field(default_factory=list)
-    values: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def add(self, frame: int, row: dict[str, Tensor]) -> None:
-        self.frames.append(frame)
-        for name, value in row.items():
-            self.values.setdefault(name, []).append(value.float().cpu())
-
-    def get(self, name: str) -> Tensor:
-        return torch.stack(self.values[name])
+    frames: int = 0
+    short: bool = False
 
 
 Progress = Callable[[str], None]
+Keep = Callable[[str, int, Tensor, Tensor, Tensor], None]
+
+
+def silent(text: str) -> None:
+    """A Progress that says nothing."""
 
 
 class Evaluation:
@@ -124,78 +120,99 @@ class Evaluation:
             remember=candidate.remember, seed=seed,
         )  # fmt: skip
 
-    def begin(self, candidate: Candidate, worlds: Worlds) -> Rollout:
-        """A rollout whose memory holds the first true frames."""
-        rollout = self.rollout(candidate)
+    def begin(self, candidates: Sequence[Candidate], worlds: Worlds) -> list[Rollout]:
+        """Rollouts whose memories hold the first true frames."""
+        rollouts = [self.rollout(candidate) for candidate in candidates]
         for frame in range(self.config.given):
-            rollout.remember_true(self.shot(worlds, frame, True).target)
-        return rollout
+            truth = self.shot(worlds, frame, True).target
+            for rollout in rollouts:
+                rollout.remember_true(truth)
+        return rollouts
 
     # The runs
 
-    def long_run(self, candidate: Candidate, keep: Callable | None = None) -> Curves:
+    def long_run(
+        self, candidates: Sequence[Candidate], keep: Keep | None = None, say: Progress = silent
+    ) -> list[Curves]:
         """The closed loop of config.frames frames, measured at every config.every-th.
 
         Args:
-            keep: called with (frame, view, output, truth) of every measured frame.
+            keep: called with (candidate's name, frame, view, output, truth) of measured frames.
         """
-        config, curves = self.config, Curves()
-        rollout = self.begin(candidate, self.worlds)
-        before: tuple[Tensor, Shot] | None = None
-        for frame in range(config.given, config.given + config.frames):
-            number = frame - config.given
-            measured = number % config.every == 0 or number == config.frames - 1
+        config = self.config
+        curves = [Curves() for _ in candidates]
+        rollouts = self.begin(candidates, self.worlds)
+        outputs: list[Tensor] = []
+        before: Shot | None = None
+        for number in range(config.frames):
+            last = number == config.frames - 1
+            ends = [c.frames or config.frames for c in candidates]
+            measured = number % config.every == 0 or last
             # Truth is drawn one frame ahead too: motion energy needs two in a row.
             ahead = (number + 1) % config.every == 0 or number == config.frames - 2
-            shot = self.shot(self.worlds, frame, measured or ahead)
-            output = quantised(rollout.push(shot.view))
-            if measured and before is not None:
-                curves.add(number, measure(output, shot, *before))
-            if keep is not None and measured:
-                keep(number, shot.view, output, shot.target)
-            before = (output, shot)
+            shot = self.shot(self.worlds, config.given + number, measured or ahead)
+            now = [
+                quantised(rollout.push(shot.view)) if number < end else torch.empty(0)
+                for rollout, end in zip(rollouts, ends, strict=True)
+            ]
+            truth = truth_of(shot, before) if measured and before is not None else {}
+            for i, candidate in enumerate(candidates):
+                if measured and before is not None and number < ends[i]:
+                    row = measure(now[i], shot, outputs[i], before)
+                    curves[i].add(number, row | truth)
+                if keep is not None and measured and number < ends[i]:
+                    keep(candidate.name, number, shot.view, now[i], shot.target)
+            outputs, before = now, shot
+            if number % 250 == 0:
+                say(f"frame {number}")
         return curves
 
-    def cut_run(self, candidate: Candidate) -> list[int]:
+    def cut_run(self, candidates: Sequence[Candidate]) -> list[list[int]]:
         """Frames to recover after each cut of every clip; the memory is not told of the cuts."""
         config = self.config
-        rollout = self.begin(candidate, self.cut_worlds)
-        errors, cuts = [], []
+        rollouts = self.begin(candidates, self.cut_worlds)
+        errors: list[list[Tensor]] = [[] for _ in candidates]
+        cuts = []
         for frame in range(config.given, config.given + config.cut_run):
             shot = self.shot(self.cut_worlds, frame, True)
-            output = quantised(rollout.push(shot.view))
-            errors.append((output - shot.target).square().mean((1, 2, 3)).cpu())
-            cuts.append(shot.cut.cpu())
-        error, cut = torch.stack(errors), torch.stack(cuts)
-        found: list[int] = []
+            for rollout, rows in zip(rollouts, errors, strict=True):
+                output = quantised(rollout.push(shot.view))
+                rows.append((output - shot.target).square().mean((1, 2, 3)))
+            cuts.append(shot.cut)
+        cut = torch.stack(cuts).cpu()
         settle = min(40, config.cut_frames // 3)
-        for stream in range(self.batch):
-            at = cut[:, stream].nonzero().flatten().tolist()
-            found += metrics.recovery(error[:, stream], at, settle)
+        found: list[list[int]] = []
+        for rows in errors:
+            error = torch.stack(rows).cpu()
+            frames: list[int] = []
+            for stream in range(self.batch):
+                at = cut[:, stream].nonzero().flatten().tolist()
+                frames += metrics.recovery(error[:, stream], at, settle)
+            found.append(frames)
         return found
 
-    def persistence(self, candidate: Candidate) -> list[float]:
+    def persistence(self, candidates: Sequence[Candidate]) -> list[list[float]]:
         """1 - |returned - first| / |truth - other truth| per stream, over what left the view.
 
         The camera goes AWAY frames along its path, at double speed, and back the same way. The
         divisor is how much the truth differs from a clip of the same geometry with other private
         dice: 1 is a perfect memory, 0 remembers nothing (the same size of difference).
         """
-        rollout = self.begin(candidate, self.worlds)
+        rollouts = self.begin(candidates, self.worlds)
         start = self.config.given
-        firsts: dict[int, Tensor] = {}
-        kept = torch.zeros(self.batch, device=self.device)
-        scale = torch.zeros_like(kept)
+        firsts: dict[int, list[Tensor]] = {}
+        kept = torch.zeros(len(candidates), self.batch, device=self.device)
+        scale = torch.zeros(self.batch, device=self.device)
         for step in [*range(AWAY + 1), *range(AWAY - 1, -1, -1)]:
-            returning = step in firsts
-            shot = self.shot(self.worlds, start + 2 * step, step < EARLY and returning)
-            output = quantised(rollout.push(shot.view))
-            if not returning:
-                firsts[step] = output if step < EARLY else torch.empty(0)
-            elif step < EARLY:
+            compared = step in firsts and step < EARLY
+            shot = self.shot(self.worlds, start + 2 * step, compared)
+            outputs = [quantised(rollout.push(shot.view)) for rollout in rollouts]
+            if compared:
                 other = self.shot(self.worlds, start + 2 * step, True, self.other_dice())
-                kept += (output - firsts[step]).abs().mean((1, 2, 3))
                 scale += (shot.target - other.target).abs().mean((1, 2, 3))
+                for i, (output, first) in enumerate(zip(outputs, firsts[step], strict=True)):
+                    kept[i] += (output - first).abs().mean((1, 2, 3))
+            firsts.setdefault(step, outputs if step < EARLY else [])
         return (1 - kept / scale.clamp_min(1e-6)).tolist()
 
     def other_dice(self) -> City:
@@ -218,106 +235,57 @@ class Evaluation:
 
 
 def measure(output: Tensor, shot: Shot, output_before: Tensor, before: Shot) -> dict[str, Tensor]:
-    """All measures of one frame, each [B]."""
-    truth = shot.target
-    row = {"psnr": metrics.psnr(output, truth), "ssim": metrics.ssim(output, truth)}
+    """All measures of one frame of a candidate, each [B]."""
+    row = {"psnr": metrics.psnr(output, shot.target), "ssim": metrics.ssim(output, shot.target)}
     visible = metrics.visible_before(shot.motion, before.depth, shot.previous_depth)
     row["warp"] = metrics.warp_error(output, output_before, shot.motion, visible)
-    row["warp_truth"] = metrics.warp_error(truth, before.target, shot.motion, visible)
     for name, value in metrics.statistics(output, output_before).items():
         row[f"output_{name}"] = value
-    for name, value in metrics.statistics(truth, before.target).items():
+    return row
+
+
+def truth_of(shot: Shot, before: Shot) -> dict[str, Tensor]:
+    """The same measures of the truth, each [B]."""
+    visible = metrics.visible_before(shot.motion, before.depth, shot.previous_depth)
+    row = {"warp_truth": metrics.warp_error(shot.target, before.target, shot.motion, visible)}
+    for name, value in metrics.statistics(shot.target, before.target).items():
         row[f"truth_{name}"] = value
     return row
 
 
-def drift(curves: Curves, name: str) -> dict[str, float]:
-    """How far a statistic moves between the first and last 15 %, beyond what the truth does.
-
-    (late - early of output) - (late - early of truth), over the early value of the truth; the
-    clipped share as it is.
-
-    Returns:
-        "mean": |mean over streams|; "worst": the largest |value| of a stream.
-    """
-    output, truth = curves.get(f"output_{name}"), curves.get(f"truth_{name}")
-    early, late = metrics.ends(output - truth)
-    base, _ = metrics.ends(truth)
-    # A share of clipped pixels is a fraction already, and the truth's may be 0.
-    scale = torch.ones(()) if name == "clipped" else base.mean().clamp_min(1e-3)
-    moved = (late - early) / scale
-    return {"mean": abs(float(moved.mean())), "worst": float(moved.abs().max())}
-
-
-def by_seed(values: Tensor, seeds: int) -> list[float]:
-    """Mean over the styles of each seed, from values [B] with B = styles x seeds."""
-    return values.view(-1, seeds).mean(0).tolist()
-
-
-def summary(config: EvalConfig, curves: Curves, names: Sequence[str]) -> dict[str, Any]:
-    """The numbers of a long run: slopes with intervals over seeds, drifts, collapses."""
-    start = next((i for i, f in enumerate(curves.frames) if f >= config.burn_in), 0)
-    late = Curves(curves.frames[start:], {k: v[start:] for k, v in curves.values.items()})
-    frames, psnr = torch.tensor(late.frames), late.get("psnr")
-    slopes = metrics.slope(frames, psnr)
-    first, last = metrics.ends(psnr)
-    statistics = [k.removeprefix("truth_") for k in late.values if k.startswith("truth_")]
-    collapsed = (first - last > COLLAPSE_DB).nonzero().flatten().tolist()
-    warp, warp_truth = late.get("warp"), late.get("warp_truth")
-    return {
-        "frames": config.frames,
-        "seeds": config.seeds,
-        "burn_in": config.burn_in,
-        "psnr_db": metrics.interval(by_seed(psnr.mean(0), config.seeds)).as_dict(),
-        "ssim": metrics.interval(by_seed(late.get("ssim").mean(0), config.seeds)).as_dict(),
-        "psnr_slope_db_per_1000": metrics.interval(by_seed(slopes, config.seeds)).as_dict(),
-        "contrast": {name: drift(late, name) for name in statistics},
-        "warp_error": {"output": float(warp.mean()), "truth": float(warp_truth.mean())},
-        "collapsed": [f"{names[i]} seed {i % config.seeds}" for i in collapsed],
-        "by_style": {
-            style: {
-                "psnr_db": float(psnr[:, [n == style for n in names]].mean()),
-                "psnr_slope_db_per_1000": float(slopes[[n == style for n in names]].mean()),
-                "warp_error": float(warp[:, [n == style for n in names]].mean()),
-            }
-            for style in config.styles
-        },
-        "curves": {
-            "frame": curves.frames,
-            **{
-                k: [round(v, 5) for v in curves.get(k).mean(1).tolist()]
-                for k in ("psnr", "ssim", "warp", "output_brightness", "output_saturation",
-                          "truth_brightness", "truth_saturation")
-            },
-        },
-    }  # fmt: skip
-
-
 def evaluate(
-    candidate: Candidate,
+    candidates: Sequence[Candidate],
     evaluation: Evaluation,
-    keep: Callable | None = None,
-    say: Progress = lambda text: None,
-    short: bool = False,
-) -> dict[str, Any]:
-    """All numbers of one candidate.
+    keep: Keep | None = None,
+    say: Progress = silent,
+) -> list[dict[str, Any]]:
+    """All numbers of the candidates, in their order.
 
     Args:
-        keep: see `Evaluation.long_run`; say: told what runs; short: the long run alone.
-    """  # fmt: skip
-    say(f"{candidate.name}: {evaluation.config.frames} frames, {evaluation.batch} streams")
-    curves = evaluation.long_run(candidate, keep)
-    found: dict[str, Any] = {"steps": candidate.steps, "remember": candidate.remember}
-    found |= summary(evaluation.config, curves, evaluation.names)
-    found["ceiling_db"] = evaluation.ceiling(candidate)
-    if not short:
-        say(f"{candidate.name}: cuts")
-        recoveries = evaluation.cut_run(candidate)
-        mean = sum(recoveries) / len(recoveries) if recoveries else None
-        found["cut_recovery_frames"] = {
-            "mean": mean, "largest": max(recoveries, default=None), "cuts": len(recoveries),
-        }  # fmt: skip
-        say(f"{candidate.name}: persistence")
-        values = torch.tensor(evaluation.persistence(candidate))
-        found["persistence"] = metrics.interval(by_seed(values, evaluation.config.seeds)).as_dict()
-    return found
+        keep: see `Evaluation.long_run`; say: told what runs.
+    """
+    config, results = evaluation.config, []
+    say(f"{config.frames} frames, {evaluation.batch} streams, {len(candidates)} candidates")
+    for candidate, curves in zip(
+        candidates, evaluation.long_run(candidates, keep, say), strict=True
+    ):
+        found: dict[str, Any] = {"steps": candidate.steps, "remember": candidate.remember}
+        found |= summary(config, curves, evaluation.names)
+        lengths = [n for n in SHORTER if n < curves.frames[-1] + 1]
+        found["shorter"] = {str(n): excerpt(config, curves, evaluation.names, n) for n in lengths}
+        found["ceiling_db"] = evaluation.ceiling(candidate)
+        results.append(found)
+    full = [i for i, c in enumerate(candidates) if not c.short]
+    if full:
+        chosen = [candidates[i] for i in full]
+        say("cuts")
+        for i, recoveries in zip(full, evaluation.cut_run(chosen), strict=True):
+            mean = sum(recoveries) / len(recoveries) if recoveries else None
+            results[i]["cut_recovery_frames"] = {
+                "mean": mean, "largest": max(recoveries, default=None), "cuts": len(recoveries),
+            }  # fmt: skip
+        say("persistence")
+        for i, values in zip(full, evaluation.persistence(chosen), strict=True):
+            means = by_seed(torch.tensor(values), config.seeds)
+            results[i]["persistence"] = metrics.interval(means).as_dict()
+    return results

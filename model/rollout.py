@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mirage_hello.kernels import ops
 from mirage_hello.model.autoencoder import Autoencoder
+from mirage_hello.model.capture import Captured
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.memory import ContextMemory
 from mirage_hello.model.samplers import Sampler, euler
@@ -60,6 +61,8 @@ class Rollout:
             *self.shape, history=config.history, dtype=self.dtype, device=self.device
         )
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.captured = Captured(self.device, self.generator)
+        self.views = torch.zeros(self.batch, 3, height, width, device=self.device)
         with torch.no_grad():
             self.keys = denoiser.unet.context_keys(tokens.detach().to(self.device, self.dtype))
             self.level = torch.full((self.batch,), history_noise, device=self.device)
@@ -76,7 +79,12 @@ class Rollout:
     @torch.no_grad()
     def push(self, views: Tensor) -> Tensor:
         """The output frames for input views: float [B, 3, H, W] in [-1, 1], both; not clamped."""
-        latents = self.autoencoder.encode(views.to(self.device, self.dtype))
+        self.views.copy_(views)
+        return self.captured("frame", self.frame)[0]["frames"]
+
+    def frame(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One frame of `self.views`, on the device alone."""
+        latents = self.autoencoder.encode(self.views.to(self.dtype))
         if not self.remember:
             self.memory.reset()
         total = self.memory.history.shape[1] + self.memory.sink.shape[1]
@@ -92,7 +100,7 @@ class Rollout:
         x = self.sampler(denoise, self.sigmas[0] * self.normal(*self.shape), self.sigmas, fresh)
         latents = x.to(self.dtype)
         self.memory.push(latents)
-        return self.autoencoder.decode(latents).float()
+        return {"frames": self.autoencoder.decode(latents).float()}, {}
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, device=self.device)

@@ -157,7 +157,7 @@ CANDIDATE = ev.Candidate("oracle", None, None)
 
 def test_a_perfect_model_is_measured_as_perfect(monkeypatch):
     evaluation = oracle_evaluation(monkeypatch, lambda truth, n: truth)
-    curves = evaluation.long_run(CANDIDATE)
+    (curves,) = evaluation.long_run([CANDIDATE])
     found = ev.summary(evaluation.config, curves, evaluation.names)
     assert curves.frames == [*range(4, 24, 4), 23]
     assert found["psnr_db"]["mean"] > 50 and found["ssim"]["mean"] > 0.999  # bytes are rounded
@@ -169,7 +169,7 @@ def test_a_perfect_model_is_measured_as_perfect(monkeypatch):
 
 def test_a_drifting_model_is_caught(monkeypatch):
     evaluation = oracle_evaluation(monkeypatch, lambda truth, n: truth + 0.01 * n)
-    curves = evaluation.long_run(CANDIDATE)
+    (curves,) = evaluation.long_run([CANDIDATE])
     found = ev.summary(evaluation.config, curves, evaluation.names)
     assert found["psnr_slope_db_per_1000"]["high"] < -100
     assert found["contrast"]["brightness"]["mean"] > 0.1
@@ -178,9 +178,9 @@ def test_a_drifting_model_is_caught(monkeypatch):
 
 def test_a_flickering_model_is_caught(monkeypatch):
     steady = oracle_evaluation(monkeypatch, lambda truth, n: truth)
-    a = ev.summary(steady.config, steady.long_run(CANDIDATE), steady.names)
+    a = ev.summary(steady.config, steady.long_run([CANDIDATE])[0], steady.names)
     flicker = oracle_evaluation(monkeypatch, lambda truth, n: truth + 0.2 * (-1) ** n)
-    b = ev.summary(flicker.config, flicker.long_run(CANDIDATE), flicker.names)
+    b = ev.summary(flicker.config, flicker.long_run([CANDIDATE])[0], flicker.names)
     assert b["warp_error"]["output"] > 2 * a["warp_error"]["output"]
 
 
@@ -188,9 +188,9 @@ def test_persistence_is_one_for_memory_and_less_for_none(monkeypatch):
     monkeypatch.setattr(ev, "AWAY", 6)
     monkeypatch.setattr(ev, "EARLY", 2)
     evaluation = oracle_evaluation(monkeypatch, lambda truth, n: truth)
-    assert evaluation.persistence(CANDIDATE) == pytest.approx([1.0, 1.0], abs=0.01)
+    assert evaluation.persistence([CANDIDATE])[0] == pytest.approx([1.0, 1.0], abs=0.01)
     forget = oracle_evaluation(monkeypatch, lambda t, n: t if n < 8 else -t)
-    assert max(forget.persistence(CANDIDATE)) < 0.3
+    assert max(forget.persistence([CANDIDATE])[0]) < 0.3
 
 
 def test_cut_recovery_of_a_slow_model(monkeypatch):
@@ -212,7 +212,7 @@ def test_cut_recovery_of_a_slow_model(monkeypatch):
         return found
 
     monkeypatch.setattr(ev.Evaluation, "shot", watched)
-    recoveries = evaluation.cut_run(CANDIDATE)
+    (recoveries,) = evaluation.cut_run([CANDIDATE])
     assert recoveries and all(4 <= r <= 6 for r in recoveries)
 
 

@@ -6,13 +6,17 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mirage_hello.tools.arguments import add_device
 from mirage_hello.tools.arguments import add_parser as add
 from mirage_hello.tools.errors import BadInput
 
+if TYPE_CHECKING:
+    from mirage_hello.model.evaluation import Candidate
+
 FORMAT = "mirage-eval-1"
+TEACHER_FRAMES = 1000  # most frames of a teacher and of what is compared with it
 EXAMPLES = """\
   mirage eval                                               the shipped model, 1000 frames
   mirage eval --checkpoint run/model.safetensors --steps 1 2 8
@@ -73,6 +77,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """All the candidates that the arguments name, in the JSON schema of docs/evaluation.md."""
     import torch
 
+    from mirage_hello.kernels import use
     from mirage_hello.model import evaluation as ev
     from mirage_hello.model.data.styles import STYLES
     from mirage_hello.tools import arguments
@@ -94,37 +99,49 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "models": {}, "ablations": {},
     }  # fmt: skip
-    for group, candidate in candidates(args, device):
-        strips = Strips(config, args.out / f"{args.name}-{candidate.name}")
-        short = args.short or group == "ablations"
-        found = ev.evaluate(candidate, evaluation, strips.keep, say, short)
-        result[group][candidate.name] = found | {"strips": strips.write()}
+    chosen = candidates(args, device)
+    strips = {c.name: Strips(config, args.out / f"{args.name}-{c.name}") for _, c in chosen}
+
+    def keep(name: str, *frame) -> None:
+        strips[name].keep(*frame)
+
+    # Many streams of a small model: what the kernels are made for is one stream of a frame.
+    with use("torch"):
+        numbers = ev.evaluate([c for _, c in chosen], evaluation, keep, say)
+    for (group, candidate), found in zip(chosen, numbers, strict=True):
+        result[group][candidate.name] = found | {"strips": strips[candidate.name].write()}
     result["seconds"] = round(time.time() - began)
     result["requirements"] = requirements(result)
     return result
 
 
-def candidates(args: argparse.Namespace, device):
-    """(group, Candidate) in the order in which they are measured."""
+def candidates(args: argparse.Namespace, device) -> list[tuple[str, Candidate]]:
+    """(group, Candidate) in the order of the results."""
+    import torch
+
     from mirage_hello.model.checkpoint import load
     from mirage_hello.model.evaluation import Candidate
 
-    denoiser, autoencoder = load(args.checkpoint or shipped(), device=device)
-    steps = args.steps[-1]
-    for count in args.steps:
-        yield "models", Candidate(f"{count}-step", denoiser, autoencoder, count)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as at run time
+    networks = load(args.checkpoint or shipped(), dtype, device)
+    steps, short = args.steps[-1], args.short
+    found = [("models", Candidate(f"{n}-step", *networks, n, short=short)) for n in args.steps]
     if args.teacher:
-        denoiser, autoencoder = load(args.teacher, device=device)
-        steps = args.teacher_steps
-        yield "models", Candidate(f"teacher-{steps}-step", denoiser, autoencoder, steps)
+        networks, steps = load(args.teacher, dtype, device), args.teacher_steps
+        teacher = Candidate(f"teacher-{steps}-step", *networks, steps, short=short)
+        teacher.frames = min(args.frames, TEACHER_FRAMES)  # eight times the work of a frame
+        found.append(("models", teacher))
     # The ablations are compared with the last model: one that draws, not one that averages.
-    yield "ablations", Candidate("no-history", denoiser, autoencoder, steps, remember=False)
+    forgetful = Candidate("no-history", *networks, steps, remember=False, short=True)
+    forgetful.frames = min(args.frames, TEACHER_FRAMES)
+    found.append(("ablations", forgetful))
     for item in args.ablation:
         name, equals, path = item.partition("=")
         if not equals:
             raise ValueError(f"--ablation: expected NAME=FILE (got {item!r})")
-        other, of_other = load(Path(path), device=device)
-        yield "ablations", Candidate(name, other, of_other, steps)
+        other = Candidate(name, *load(Path(path), dtype, device), steps, short=True)
+        found.append(("ablations", other))
+    return found
 
 
 def shipped() -> Path:
