@@ -91,6 +91,9 @@ CASES = (
     linear(4096, 320, 320),
     linear(1024, 640, 640),
     linear(256, 1280, 1280, quick=True),
+    linear(4096, 320, 960),  # q, k and v in one product
+    linear(1024, 640, 1920),
+    linear(256, 1280, 3840),
     linear_residual(4096, 1280, 320),
     linear_residual(1024, 2560, 640),
     linear_residual(256, 5120, 1280),

@@ -169,8 +169,6 @@ for _op, _torch, _triton, _ptx, _with in (
             source="ptx/linear.sm90a.ptx.j2",
             arch="sm_90a",
             dtypes=(torch.bfloat16, torch.float16),
-            # First by default, as in the measured frame, for the epilogues it saves; a plain
-            # product alone is 0.81 to 1.05 x cuBLAS (bench/sweeps/results).
         )
     )
     for _backend, _source, _path in (
