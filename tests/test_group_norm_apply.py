@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def sums_of(x, unit, parts):
     values = x.double().reshape(b, c // unit, unit, h * w)
     ends = torch.linspace(0, h * w, parts + 1).long().tolist()
     found = torch.zeros(b, parts, c // unit, 4, dtype=torch.float64, device=x.device)
-    for s, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for s, (start, end) in enumerate(pairwise(ends)):
         part = values[..., start:end].flatten(2)
         if end > start:
             mean = part.mean(-1)
