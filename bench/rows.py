@@ -50,6 +50,7 @@ class Options:
     frames: int = 1000
     clip: str = ""
     compile_seconds: float = 240.0
+    warm: bool = False  # compile everything first, in several processes
     tiles: int = 0  # candidates timed of each shape, in place of kernels beside peers
     deadline: float = float("inf")  # time.time() after which nothing new begins
     seed: int = 0

@@ -1,7 +1,7 @@
-"""Runs a whole benchmark: a process a group, within a time budget, whatever a kernel does.
+"""Runs a whole benchmark in processes that may be lost, within a time budget.
 
 The journal of the worker says which step it is in and how long that may take. A step that takes
-longer, or a worker that dies, costs that step alone: it is marked lost and the group goes on
+longer, or a worker that dies, costs that step alone: it is marked lost and the rest goes on
 without it in a new process.
 """
 
@@ -14,9 +14,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import run_file
+from . import run_file, warm
 from .rows import STEP_SECONDS, Options
-from .worker import GROUPS, MODEL_TILES, OUT_OF_TIME, Entry, Journal, encoded
+from .worker import CASES, GROUPS, MODEL_TILES, OUT_OF_TIME, Entry, Journal, encoded
 
 START_SECONDS = 120.0  # imports, CUDA context and the first compilation of a new process
 MOST_RESTARTS = 12  # of one group: past this something is wrong with the machine, not a kernel
@@ -32,7 +32,7 @@ def run_groups(
     commit: str | None = None,
     to_stderr: bool = False,
 ) -> run_file.Run:
-    """Measure the groups into `out`, each in its own process.
+    """Measure the groups into `out`: the ops in one process, the model's rows in others.
 
     Args:
         groups: names among worker.GROUPS; the ceilings come first, but for tiles.
@@ -50,51 +50,59 @@ def run_groups(
         options = dataclasses.replace(options, deadline=started + budget_seconds)
     run = run_file.new_run(options.device, commit)
     run["meta"] |= {"quick": options.quick, "seconds": {}, "command": sys.argv[1:]}
+    wanted = [g for g in (*GROUPS, MODEL_TILES) if g in groups]
+    if options.warm:
+        left = options.deadline - started
+        run["meta"]["seconds"]["warm"] = round(warm.run(wanted, options, left / 2), 1)
     run_file.write(run, out)
     Journal(out).path.unlink(missing_ok=True)
     try:
-        wanted = set(groups) | (set() if options.tiles else {"ceilings"})
-        for group in (g for g in (*GROUPS, MODEL_TILES) if g in wanted):
-            begun = time.time()
-            problem = _run_group(group, options, out, to_stderr)
+        for batch in _batches(wanted, options):
+            problem = _run_batch(batch, options, out, to_stderr)
             run = run_file.load(out)
-            run["meta"]["seconds"][group] = round(time.time() - begun, 1)
             if problem:
-                run["skipped"].append({"group": group, "reason": problem})
-                print(f"{group}: {problem}", file=sys.stderr, flush=True)
-            run_file.write(run, out)
-            if group == "ceilings" and "ceilings" not in run["meta"]:
+                run["skipped"].append({"group": ", ".join(batch), "reason": problem})
+                print(f"{', '.join(batch)}: {problem}", file=sys.stderr, flush=True)
+                run_file.write(run, out)
+            if "ceilings" in batch and "ceilings" not in run["meta"]:
                 break  # nothing can be held against them
     finally:
         Journal(out).path.unlink(missing_ok=True)
     return run
 
 
-def _run_group(group: str, options: Options, out: Path, to_stderr: bool) -> str | None:
-    """None when the group ended by itself, else what stopped it."""
+def _batches(groups: list[str], options: Options) -> list[list[str]]:
+    """The groups of a process: all ops in one, which starts once; each of the model's alone."""
+    first = [] if options.tiles else ["ceilings"]
+    first += [g for g in groups if g in CASES]
+    return [b for b in (first, *([g] for g in groups if g not in CASES)) if b]
+
+
+def _run_batch(batch: list[str], options: Options, out: Path, to_stderr: bool) -> str | None:
+    """None when the groups ended by themselves, else what stopped them."""
     journal = Journal(out)
     for _ in range(MOST_RESTARTS):
         if time.time() > options.deadline:
             return OUT_OF_TIME
-        problem = _run_worker(group, options, out, to_stderr)
+        problem = _run_worker(batch, options, out, to_stderr)
         if problem is None or problem == OUT_OF_TIME:
             return problem
-        last = (journal.entries() or [Entry(group, "start", state="end")])[-1]
+        last = (journal.entries() or [Entry(batch[0], "start", state="end")])[-1]
         if last.state != "begin":
             return f"its process {problem} before it began anything"
         journal.append(Entry(last.unit, last.step, state="lost"))
         print(f"{last.unit}: {last.step} {problem}", file=sys.stderr, flush=True)
-        if group == "ceilings":
+        if last.unit == "ceilings":
             return f"its process {problem}"
         _note_lost(out, last, problem)
     return f"its process was lost {MOST_RESTARTS} times; the machine needs a look"
 
 
-def _run_worker(group: str, options: Options, out: Path, to_stderr: bool) -> str | None:
+def _run_worker(batch: list[str], options: Options, out: Path, to_stderr: bool) -> str | None:
     # -P: the current folder stays out of sys.path, where our kernels/ would hide another package.
     command = [sys.executable, "-P", "-m", "mirage_hello.bench.worker"]
     process = subprocess.Popen(
-        [*command, group, encoded(options), str(out)],
+        [*command, "+".join(batch), encoded(options), str(out)],
         stdout=sys.stderr if to_stderr else None,
     )
     try:

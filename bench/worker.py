@@ -134,6 +134,8 @@ def measure_group(group: str, options: Options, out: Path) -> None:
     """Measure one group into `out`; what the journal says is finished is not measured again."""
     journal, run = Journal(out), run_file.load(out)
     if group == "ceilings":
+        if "ceilings" in run["meta"]:
+            return  # by an earlier process
         journal.append(Entry("ceilings", "ceilings", STEP_SECONDS))
         run["meta"]["ceilings"] = ceilings(options.device, options.effort)
         run_file.write(run, out)
@@ -191,10 +193,16 @@ def add(run: run_file.Run, measured: Outcome, out: Path) -> None:
 
 
 def main() -> None:
-    """worker GROUP OPTIONS-JSON OUT: the supervisor's command line."""
-    group, options, out = sys.argv[1:]
+    """worker GROUP+GROUP... OPTIONS-JSON OUT: the supervisor's command line."""
+    groups, options, out = sys.argv[1:]
     try:
-        measure_group(group, decoded(options), Path(out))
+        for group in groups.split("+"):
+            begun = time.time()
+            measure_group(group, decoded(options), Path(out))
+            run = run_file.load(Path(out))
+            seconds = run["meta"]["seconds"]
+            seconds[group] = round(seconds.get(group, 0.0) + time.time() - begun, 1)
+            run_file.write(run, Path(out))
     except KeyboardInterrupt:  # the supervisor had it too, and says so
         sys.exit(130)
 

@@ -60,6 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     add("--clip", type=Path, help="the video whose frames are pushed (default: the shipped clip)")
     add("--compile-seconds", type=float, default=240.0, help="most that torch.compile may take")
     add("--commit", help="what to record where the sources are not a git checkout")
+    add("--no-warm", action="store_true", help="do not compile first, in several processes")
     add("--save-choices", action="store_true", help="let `auto` follow these times on this GPU")
     add("--json", action="store_true", help="print the run as JSON; progress goes to stderr")
     return parser
@@ -119,6 +120,7 @@ def _options(args: argparse.Namespace) -> Options:
         frames=_frames(args.frames if args.frames is not None else 30 if short else 1000),
         clip=_clip(args.clip),
         compile_seconds=args.compile_seconds,
+        warm=on_gpu and not args.no_warm,
     )
 
 
