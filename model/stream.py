@@ -1,33 +1,40 @@
 """FrameStream: push(input frame) -> output frame, at constant memory and constant work per frame.
 
-The frame's main path is `_frame`. It touches only buffers that live as long as the size does, so on
-a GPU it is captured once as a CUDA graph and replayed; what may change between two frames (context,
-strength, noise level) is copied into those buffers. Across the bus go the frame in and the frame
-out, nothing else.
+A frame (`frame.frame`) of one size is a plan: recorded once, on a GPU captured as a CUDA graph and
+replayed. What may change between two frames is copied into tensors that the graph reads, so nothing
+is captured again and nothing is ignored. Across the bus go the frame in and the frame out, nothing
+else; `submit` and `collect`, or `run`, let them travel while the neighbours are computed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mirage_hello.kernels import Policy, ops, policy, use
+from mirage_hello.kernels import Policy, policy, use
 from mirage_hello.kernels.policy import current
-from mirage_hello.model import budget
+from mirage_hello.model import budget, layers
 from mirage_hello.model.autoencoder import Autoencoder
+from mirage_hello.model.controls import Controls, LiveControls
+from mirage_hello.model.deltas import Delta, Deltas
 from mirage_hello.model.denoiser import Denoiser
-from mirage_hello.model.frame_buffers import FrameBuffers, Settings, check_frame, pad, to_host
+from mirage_hello.model.frame import frame as run_frame
+from mirage_hello.model.frame_buffers import IN_FLIGHT, FrameBuffers, check_frame
+from mirage_hello.model.plan import Plan
 from mirage_hello.model.samplers import Sampler, euler, one_step
+from mirage_hello.model.settings import Settings, prepare
 
-WARM_UP_FRAMES = 2  # builds kernels and lets libraries choose algorithms, outside the capture
+SIZES = 2  # plans kept: the one in use, and one that was used before or prepared
 
 
-class FrameStream:
+class FrameStream(LiveControls):
     """One stream of frames through a model; not shared between streams, safe between threads.
 
     Args:
@@ -38,12 +45,14 @@ class FrameStream:
             it is padded to multiples of 8 by repeating the edge, and cropped back.
         dtype, device: default: the model's.
         policy: which kernels (see `kernels.use`); None: what the scope of `push` says.
-        graph: capture a CUDA graph; default: on CUDA.
+        graph: make a plan with a CUDA graph; default: on CUDA.
         seed: of the noise. The same seed, frames and settings give the same output.
         strength: in (0, 1]. 1 starts from pure noise; less starts from the input frame with less
             noise (Meng et al., "SDEdit", 2022), so that more of it is kept.
         history_noise: sigma of the noise on the memory, told to the model.
         context: [L, D] or [1, L, D] conditioning tokens; default: style 0, or zeros.
+        guidance: scale of classifier-free guidance, at twice the work; None: off.
+        negative: tokens of what the guidance leads away from; default: zeros.
     Attributes:
         trained: False while any weight is random: the pictures mean nothing then.
     Raises:
@@ -67,28 +76,35 @@ class FrameStream:
         strength: float = 1.0,
         history_noise: float = 0.05,
         context: Tensor | None = None,
+        guidance: float | None = None,
+        negative: Tensor | None = None,
     ) -> None:
         weight = denoiser.unet.conv_in.weight
         self.dtype = dtype or weight.dtype
         self.device = torch.device(device or weight.device)
-        if graph and self.device.type != "cuda":
+        on_cuda = self.device.type == "cuda"
+        if graph and not on_cuda:
             raise ValueError(f"FrameStream: graph=True needs a CUDA device (got {self.device})")
         self.denoiser = denoiser.to(self.device, self.dtype).eval()
         self.autoencoder = autoencoder.to(self.device, self.dtype).eval()
         self.steps = steps
         self.sampler = sampler or (one_step if steps == 1 else euler)
-        self._graph = self.device.type == "cuda" if graph is None else graph
-        self._policy = policy
-        self._seed = seed
-        self._strength = strength
-        self._history_noise = _noise_level(history_noise)
-        self._context = self._tokens(self._default_context() if context is None else context)
+        self._planned = on_cuda if graph is None else graph
+        self._policy, self._seed = policy, seed
         self._generator = torch.Generator(self.device).manual_seed(seed)
-        self._lock = threading.RLock()
+        self._stream = torch.cuda.Stream(self.device) if on_cuda else None
+        self._lock, self._building = threading.RLock(), threading.RLock()
+        self._sizes: dict[tuple[int, int], FrameBuffers] = {}  # the last is the latest used
         self._buffers: FrameBuffers | None = None
-        self._settings = self._prepare()
+        self._deltas = Deltas(self.denoiser)
+        tokens = self._tokens(self._default_context() if context is None else context)
+        away = torch.zeros_like(tokens) if negative is None else self._tokens(negative)
+        self._controls = Controls(strength, history_noise, guidance, None, tokens, away)
+        with self._running():
+            self._settings = self._prepare(self._controls)
         if size is not None:
-            self._buffers = self._build(*size)
+            self.prepare(*size)
+            self._buffers = self._sizes[size]
 
     # The frame
 
@@ -101,96 +117,93 @@ class FrameStream:
             uint8 [H, W, 3] of the same kind and place, owned by the caller.
         Raises:
             TypeError: not uint8. ValueError: not [H, W, 3], or too large for the memory.
+            RuntimeError: submitted frames are not collected yet.
+        """
+        with self._lock:
+            if self.under_way:
+                raise RuntimeError(f"push: collect the {self.under_way} submitted frames first")
+            self.submit(frame)
+            return self.collect()
+
+    def submit(self, frame: np.ndarray | Tensor) -> None:
+        """Begin a frame; its upload, work and download are queued, nothing is waited for.
+
+        Raises: as `push`; RuntimeError: two frames are under way and neither is collected.
         """
         check_frame(frame)
-        with self._lock, torch.no_grad(), self._on_device():
-            height, width, _ = frame.shape
-            buffers = self._buffers
-            if buffers is None or buffers.frame_in.shape[1:3] != (height, width):
-                self._buffers = None  # free the old ones first
-                buffers = self._buffers = self._build(height, width)
-            on_device = isinstance(frame, Tensor) and frame.device == buffers.frame_in.device
-            if on_device:
-                buffers.frame_in[0].copy_(torch.as_tensor(frame))
-            else:
-                to_host(frame, buffers.host_in[0])
-                if buffers.host_in is not buffers.frame_in:
-                    buffers.frame_in.copy_(buffers.host_in, non_blocking=True)
+        with self._lock:
+            if self.under_way >= IN_FLIGHT:
+                raise RuntimeError(f"submit: {IN_FLIGHT} frames are under way; collect one first")
+            buffers = self._of_size(frame.shape[0], frame.shape[1])
+            with self._running():
+                slot = buffers.bus.bring(frame)
+                if self._planned and buffers.policy is not self._wanted():
+                    self._plan_again(buffers)  # a graph must not silently keep the old kernels
+                buffers.draws.normal_(generator=self._generator)
+                if buffers.plan is not None:
+                    buffers.plan.run()
+                else:
+                    with self._scope():
+                        self._frame(buffers)
+                buffers.bus.take(slot, type(frame))
 
-            if self._graph and buffers.policy is not self._wanted():
-                self._recapture()  # a graph must not silently keep the old kernels
-            buffers.draws.normal_(generator=self._generator)
-            if buffers.graph is not None:
-                buffers.graph.replay()
-            else:
-                with self._scope():
-                    self._frame(buffers)
+    def collect(self) -> Any:
+        """The oldest submitted frame's output, once it is there. RuntimeError: there is none."""
+        with self._lock:
+            if not self.under_way:
+                raise RuntimeError("collect: no frame is under way; submit one first")
+            assert self._buffers is not None
+            return self._buffers.bus.collect()
 
-            if on_device:
-                return buffers.frame_out[0].clone()
-            if buffers.host_out is not buffers.frame_out:
-                buffers.host_out.copy_(buffers.frame_out, non_blocking=True)
-                torch.cuda.current_stream(self.device).synchronize()
-            result = buffers.host_out[0].clone()
-            return result if isinstance(frame, Tensor) else result.numpy()
+    def run(self, frames: Iterable[np.ndarray | Tensor]) -> Iterator[Any]:
+        """The output of each frame, in order; a frame is computed while its neighbours travel.
+
+        The output of a frame comes once the next one is submitted: for latency use `push`.
+        """
+        try:
+            for frame in frames:
+                if self.under_way and self._is_new(frame):
+                    yield from (self.collect() for _ in range(self.under_way))
+                self.submit(frame)
+                if self.under_way == IN_FLIGHT:
+                    yield self.collect()
+            while self.under_way:
+                yield self.collect()
+        finally:
+            while self.under_way:  # the caller left early
+                self.collect()
+
+    @property
+    def under_way(self) -> int:
+        """Frames submitted and not collected."""
+        return 0 if self._buffers is None else self._buffers.bus.under_way
 
     def _frame(self, buffers: FrameBuffers) -> None:
-        """Input buffer -> output buffer; captured as it stands, so nothing here waits or grows."""
-        settings = self._settings
-        frames = pad(buffers.frame_in)
-        latents = self.autoencoder.encode(ops.frame_to_model(frames, dtype=self.dtype))
-        memory_noise = buffers.memory_noise.to(self.dtype)
-        memory = buffers.memory.read(memory_noise, settings.history_noise)
-        inputs = torch.cat([latents, memory], 1)
+        run_frame(self.denoiser, self.autoencoder, self.sampler, buffers, self._settings)
 
-        def denoise(x: Tensor, sigma: Any, step: int) -> Tensor:
-            return self.denoiser.denoise(x, inputs, settings.conditions[step], settings.keys)
+    # Weights, kernels, state
 
-        # The sampler's state is float32 in every dtype: sigma 14.6 would swallow the latents.
-        x = ops.axpby(settings.start, latents.float(), settings.sigmas[0], buffers.noise[0])
-        latents = self.sampler(denoise, x, settings.sigmas, buffers.noise[1:]).to(self.dtype)
-        buffers.memory.push(latents)
-        frames = ops.model_to_frame(self.autoencoder.decode(latents))
-        height, width = buffers.frame_out.shape[1:3]
-        buffers.frame_out.copy_(frames[:, :height, :width])
+    def set_deltas(self, deltas: Mapping[str, Delta], scale: float = 1.0) -> None:
+        """Weights W + scale * delta from the next frame on, in the place of earlier deltas.
 
-    # Settings, effective on the next frame
-
-    def set_context(self, tokens: Tensor) -> None:
-        """Conditioning tokens [L, D] or [1, L, D] from the next frame on; the memory stays.
-
-        Another L means other shapes, so a captured graph is captured again.
+        Args:
+            deltas: name of a parameter of the denoiser -> a tensor of its shape, or a pair
+                (up [O, r], down [r, I]) whose product it is. {}: the weights as they were.
+        Raises:
+            ValueError: unknown name (the text has the nearest), or a shape that does not fit.
         """
         with self._lock:
-            self._context = self._tokens(tokens)
-            self._apply()
+            self._deltas.check(deltas)
+            with self._running():
+                self._deltas.apply(deltas, scale)
+            self.refresh()
 
-    def set_style(self, index: int) -> None:
-        """Switch to a learned style of the model from the next frame on."""
-        self.set_context(self.denoiser.unet.style(index))
-
-    @property
-    def strength(self) -> float:
-        """How much is redrawn, in (0, 1]."""
-        return self._strength
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        with self._lock:
-            self.denoiser.sigmas(self.steps, value)  # refuses a bad value before anything changes
-            self._strength = value
-            self._apply()
-
-    @property
-    def history_noise(self) -> float:
-        """Sigma of the noise on the memory, at least 0."""
-        return self._history_noise
-
-    @history_noise.setter
-    def history_noise(self, value: float) -> None:
-        with self._lock:
-            self._history_noise = _noise_level(value)
-            self._apply()
+    def refresh(self) -> None:
+        """Bring all that is made of weights up to date: call it after changing them in place."""
+        with self._lock, self._running():
+            layers.remake(self.denoiser)
+            layers.remake(self.autoencoder)
+        self._change()
 
     @property
     def policy(self) -> Any:
@@ -205,7 +218,7 @@ class FrameStream:
 
     def cut(self) -> None:
         """Forget the past outputs, as at a scene cut; the noise goes on."""
-        with self._lock:
+        with self._lock, self._running():
             if self._buffers is not None:
                 self._buffers.memory.reset()
 
@@ -219,107 +232,108 @@ class FrameStream:
     def trained(self) -> bool:
         return self.denoiser.trained and self.autoencoder.trained
 
-    # Buffers, settings, capture
+    def _change(self, **changed: Any) -> None:
+        """Bring changed controls to the tensors that a plan reads."""
+        with self._lock, self._running():
+            controls = replace(self._controls, **changed)  # refuses before anything changes
+            settings = self._prepare(controls)
+            self._controls = controls
+            if not self._settings.take(settings):
+                self._settings = settings
+                self._sizes = {}
+                if self._buffers is not None:
+                    self._sizes[self._buffers.size] = self._buffers
+                    self._buffers.policy = None  # planned again at the next frame
 
-    def _build(self, height: int, width: int) -> FrameBuffers:
-        unet = self.denoiser.unet.config
-        model = budget.of(self.denoiser, self.autoencoder)
-        budget.check(model, (height, width), self.dtype, self.steps, self.device)
-        buffers = FrameBuffers.allocate((height, width), self.steps, unet, self.dtype, self.device)
-        self._capture(buffers)
-        return buffers
+    # Sizes and their plans
 
-    def _capture(self, buffers: FrameBuffers) -> None:
-        if not self._graph:
-            return
-        with self._scope(), torch.no_grad(), self._on_device():
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP_FRAMES):
-                    self._frame(buffers)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: another stream's thread may go on allocating meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._frame(buffers)
-        buffers.graph, buffers.policy = graph, self._wanted()
-        buffers.memory.reset()  # the warm-up was no part of the stream
+    def prepare(self, height: int, width: int) -> None:
+        """Build the plan of a size ahead, also while another thread pushes frames of another size;
+        the first frame of the new size then finds it ready.
 
-    def _recapture(self) -> None:
-        """Capture again; the memory stays. After a failure the next frame tries again."""
-        buffers = self._buffers
-        if buffers is None or not self._graph:
-            return
+        Raises: ValueError: it does not fit into memory. What else a build raises; the plan in use
+        goes on.
+        """
+        with self._building:
+            if (height, width) in self._sizes:
+                return
+            model = budget.of(self.denoiser, self.autoencoder)
+            while len(self._sizes) >= SIZES:  # make room first
+                del self._sizes[next(s for s in self._sizes if self._sizes[s] is not self._buffers)]
+            budget.check(model, (height, width), self.dtype, self.steps, self.device)
+            unet = self.denoiser.unet.config
+            settings = self._settings
+            with self._running(torch.cuda.Stream(self.device) if self._stream else None):
+                buffers = FrameBuffers.allocate(
+                    (height, width), self.steps, unet, self.dtype, self.device
+                )
+                if self._planned:
+                    self._make_plan(buffers)
+            if self._settings is not settings:
+                buffers.policy = None  # they were replaced meanwhile: planned again at first use
+            self._sizes[(height, width)] = buffers
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the current size; None before the first frame, and without a graph."""
+        return None if self._buffers is None else self._buffers.plan
+
+    def _of_size(self, height: int, width: int) -> FrameBuffers:
+        size = (height, width)
+        if self._buffers is None or self._buffers.size != size:
+            if self.under_way:
+                raise RuntimeError(
+                    f"submit: collect the {self.under_way} frames of the old size first"
+                )
+            self.prepare(*size)  # while it fails, the old plan stays
+            self._buffers = self._sizes[size]
+            self.cut()  # a new size starts afresh
+        return self._buffers
+
+    def _is_new(self, frame: np.ndarray | Tensor) -> bool:
+        return self._buffers is not None and self._buffers.size != tuple(frame.shape[:2])
+
+    def _make_plan(self, buffers: FrameBuffers) -> None:
+        modules = {"denoiser": self.denoiser, "autoencoder": self.autoencoder}
+        with self._scope():
+            buffers.plan = Plan(lambda: self._frame(buffers), self.device, modules)
+        buffers.policy = self._wanted()
+        buffers.memory.reset()  # the runs that made the plan were no part of the stream
+
+    def _plan_again(self, buffers: FrameBuffers) -> None:
+        """Another plan for the same buffers; the memory stays. After a failure the next frame
+        tries again."""
         memory = buffers.memory
         state = (memory.history, memory.sink, memory.count)
         kept = [t.clone() for t in state]
-        buffers.graph = buffers.policy = None
+        buffers.plan = buffers.policy = None
         try:
-            self._capture(buffers)
+            self._make_plan(buffers)
         finally:
             for buffer, value in zip(state, kept, strict=True):
                 buffer.copy_(value)
 
-    @torch.no_grad()
-    def _prepare(self) -> Settings:
-        """The settings as tensors: everything of a frame that no frame changes, computed once."""
-        levels = self.denoiser.sigmas(self.steps, self._strength)
-        sigmas = torch.tensor(levels, device=self.device)[:, None]
-        history_noise = torch.tensor([self._history_noise], device=self.device)
-        start = torch.tensor([0.0 if self._strength == 1 else 1.0], device=self.device)
+    def _prepare(self, controls: Controls) -> Settings:
         with self._scope():
-            keys = self.denoiser.unet.context_keys(self._context)
-            conditions = [
-                self.denoiser.noise_condition(sigma, history_noise) for sigma in sigmas[:-1]
-            ]
-        return Settings(start, sigmas, history_noise, conditions, keys)
-
-    @torch.no_grad()
-    def _apply(self) -> None:
-        """Bring changed settings to the buffers that a captured graph reads."""
-        changed = self._prepare()
-        old, new = self._settings.tensors(), changed.tensors()
-        if any(a.shape != b.shape for a, b in zip(old, new, strict=True)):
-            self._settings = changed
-            self._recapture()
-            return
-        for a, b in zip(old, new, strict=True):
-            a.copy_(b)
-
-    def refresh(self) -> None:
-        """Compute the settings again: call it after changing the weights of the model in place."""
-        with self._lock:
-            self._apply()
+            return prepare(self.denoiser, controls, self.steps)
 
     def _wanted(self) -> Policy:
         return current.get() if self._policy is None else policy(self._policy)
 
-    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
-        cuda = self.device.type == "cuda"
-        return torch.cuda.device(self.device) if cuda else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _running(self, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+        """On CUDA: on a stream of our own, ordered with the caller's on the way in and out."""
+        stream = stream or self._stream
+        with torch.no_grad():
+            if stream is None:
+                yield
+                return
+            with torch.cuda.device(self.device):
+                outer = torch.cuda.current_stream()
+                stream.wait_stream(outer)
+                with torch.cuda.stream(stream):
+                    yield
+                outer.wait_stream(stream)
 
     def _scope(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self._policy is None else use(self._policy)
-
-    def _default_context(self) -> Tensor:
-        config = self.denoiser.unet.config
-        if config.styles:
-            return self.denoiser.unet.style(0)
-        return torch.zeros(1, config.context_tokens, config.context_dim)
-
-    def _tokens(self, tokens: Tensor) -> Tensor:
-        width = self.denoiser.unet.config.context_dim
-        tokens = tokens if tokens.ndim == 3 else tokens[None]
-        if tokens.ndim != 3 or tokens.shape[0] != 1 or tokens.shape[2] != width:
-            raise ValueError(
-                f"FrameStream: context must be [L, {width}] or [1, L, {width}] "
-                f"(got {list(tokens.shape)})"
-            )
-        return tokens.detach().to(self.device, self.dtype)
-
-
-def _noise_level(value: float) -> float:
-    if not 0 <= value <= 10:
-        raise ValueError(f"FrameStream: history_noise must be from 0 to 10 (got {value})")
-    return float(value)

@@ -8,9 +8,11 @@ A kernel that executes griddepcontrol.wait goes through `programmatic` instead o
 The same call on CPU tensors runs the PTX in the emulator.
 """
 
+import contextlib
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,6 +25,18 @@ __all__ = ["Program", "TensorMap", "cuda_program", "im2col_map", "program", "ten
 
 STATIC_SMEM_LIMIT = 48 * 1024  # more dynamic shared memory must be asked for, per function
 _load_lock = threading.RLock()
+_watcher: ContextVar[Callable[..., None] | None] = ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def watched(watcher: Callable[..., None]) -> Iterator[None]:
+    """Within the block, on this thread, each launch first calls
+    watcher(program's name, entry, grid, block, args, smem_bytes)."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def device_arch(device: int) -> str:
@@ -109,6 +123,8 @@ class Program:
             TypeError: the arguments do not fit the kernel's parameters.
             RuntimeError: the launch fails; the text has the kernel, its dimensions and the device.
         """
+        if (watcher := _watcher.get()) is not None:
+            watcher(self.name, entry, grid, block, args, smem_bytes)
         first = next(a for a in args if isinstance(a, Tensor | TensorMap))
         device = (first if isinstance(first, Tensor) else first.tensor).get_device()
         if device < 0:

@@ -208,12 +208,12 @@ def test_the_graph_computes_what_eager_does() -> None:
 def test_a_changed_policy_is_captured_again() -> None:
     of, frame = stream("cuda"), clip(1)[0]
     of.push(frame)
-    graph = of._buffers.graph
+    plan = of.plan
     of.push(frame)
-    assert of._buffers.graph is graph
+    assert of.plan is plan
     with use("torch"):
         of.push(frame)
-    assert of._buffers.graph is not graph
+    assert of.plan is not plan
     assert of._buffers.memory.count.item() == 3
 
 

@@ -165,6 +165,13 @@ class Launch:
                 return
         report_end(self)
 
+    def release(self):
+        """Let the tensors go now: the launch and its machines refer to each other."""
+        for buffer in self.memory.buffers.values():
+            buffer.owner = None
+        self.memory.buffers.clear()
+        self.maps.clear()
+
 
 def _constant_bytes(kind, number):
     value = number.value
@@ -205,8 +212,11 @@ def launch(
     """
     run = Launch(module, entry, grid, block, smem_bytes, checks, early, max_turns)
     run.bind(args)
-    with np.errstate(all="ignore"):
-        run.run()
+    try:
+        with np.errstate(all="ignore"):
+            run.run()
+    finally:
+        run.release()
     report = Report(entry, list(run.findings), run.counts)
     fatal = report.findings if checks else [f for f in report.findings if f.kind == "deadlock"]
     if fatal:

@@ -1,0 +1,138 @@
+"""What may change between two frames, and the part of a stream that changes it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirage_hello.model.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What a caller sets.
+
+    Args:
+        strength: in (0, 1]: how much is redrawn. history_noise: sigma on the memory, 0 to 10.
+        guidance: None, or the scale of classifier-free guidance (two evaluations in one batch).
+        schedule: noise levels, decreasing, the last 0; None: the denoiser's for `strength`.
+        context, negative: [1, L, D] tokens, of the picture and of what it is guided away from.
+    """
+
+    strength: float
+    history_noise: float
+    guidance: float | None
+    schedule: tuple[float, ...] | None
+    context: Tensor
+    negative: Tensor
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.history_noise <= 10:
+            raise ValueError(
+                f"FrameStream: history_noise must be from 0 to 10 (got {self.history_noise})"
+            )
+        if self.guidance is not None and self.context.shape != self.negative.shape:
+            raise ValueError(
+                "FrameStream: with guidance the negative context must have the context's shape "
+                f"(got {list(self.negative.shape)} and {list(self.context.shape)})"
+            )
+
+    def levels(self, denoiser: Denoiser, steps: int) -> list[float]:
+        """The steps + 1 noise levels. ValueError: a schedule of another length, or not falling."""
+        if self.schedule is None:
+            return denoiser.sigmas(steps, self.strength)
+        levels = [float(level) for level in self.schedule]
+        falling = all(a > b for a, b in itertools.pairwise(levels))
+        if len(levels) != steps + 1 or not falling or levels[-1] != 0:
+            raise ValueError(
+                f"FrameStream: a schedule of {steps} steps is {steps + 1} falling noise levels, "
+                f"the last 0 (got {levels}); another number of steps is another stream"
+            )
+        return levels
+
+
+class LiveControls:
+    """The controls of a stream; each is effective on the next frame, and none is ignored."""
+
+    denoiser: Denoiser
+    steps: int
+    dtype: torch.dtype
+    device: torch.device
+    _controls: Controls
+
+    def _change(self, **changed: Any) -> None:
+        """Bring changed controls to the tensors that a plan reads."""
+        raise NotImplementedError
+
+    def set_context(self, tokens: Tensor, negative: Tensor | None = None) -> None:
+        """Conditioning tokens [L, D] or [1, L, D] from the next frame on; the memory stays.
+
+        Another L means other shapes, so the plan is made again.
+        """
+        tokens = self._tokens(tokens)
+        away = self._controls.negative if negative is None else self._tokens(negative)
+        if away.shape != tokens.shape:
+            away = torch.zeros_like(tokens)
+        self._change(context=tokens, negative=away)
+
+    def set_style(self, index: int) -> None:
+        """Switch to a learned style of the model from the next frame on."""
+        self.set_context(self.denoiser.unet.style(index))
+
+    @property
+    def strength(self) -> float:
+        """How much is redrawn, in (0, 1]."""
+        return self._controls.strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self.denoiser.sigmas(self.steps, value)  # refuses a bad value also under a schedule
+        self._change(strength=value)
+
+    @property
+    def history_noise(self) -> float:
+        """Sigma of the noise on the memory, from 0 to 10."""
+        return self._controls.history_noise
+
+    @history_noise.setter
+    def history_noise(self, value: float) -> None:
+        self._change(history_noise=float(value))
+
+    @property
+    def guidance(self) -> float | None:
+        """Scale of classifier-free guidance; None: off. On or off makes the plan again."""
+        return self._controls.guidance
+
+    @guidance.setter
+    def guidance(self, value: float | None) -> None:
+        self._change(guidance=None if value is None else float(value))
+
+    @property
+    def schedule(self) -> list[float]:
+        """The steps + 1 noise levels; None gives them back to `strength`."""
+        return self._controls.levels(self.denoiser, self.steps)
+
+    @schedule.setter
+    def schedule(self, levels: Iterable[float] | None) -> None:
+        self._change(schedule=None if levels is None else tuple(levels))
+
+    def _default_context(self) -> Tensor:
+        config = self.denoiser.unet.config
+        if config.styles:
+            return self.denoiser.unet.style(0)
+        return torch.zeros(1, config.context_tokens, config.context_dim)
+
+    def _tokens(self, tokens: Tensor) -> Tensor:
+        width = self.denoiser.unet.config.context_dim
+        tokens = tokens if tokens.ndim == 3 else tokens[None]
+        if tokens.ndim != 3 or tokens.shape[0] != 1 or tokens.shape[2] != width:
+            raise ValueError(
+                f"FrameStream: context must be [L, {width}] or [1, L, {width}] "
+                f"(got {list(tokens.shape)})"
+            )
+        return tokens.detach().to(self.device, self.dtype)

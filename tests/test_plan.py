@@ -1,0 +1,330 @@
+"""Plans: placement, the arena against plain memory, live controls against fresh plans, swaps.
+
+The tests with a `device` run on a GPU too, there with the captured graph; on a CPU the function
+runs in the arena.
+"""
+
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from test_stream import UNET, clip, run, stream
+from torch import nn
+
+from mirage_hello.kernels import ops, use
+from mirage_hello.model import FrameStream, budget, layers
+from mirage_hello.model import stream as stream_module
+from mirage_hello.model.plan import Buffer, Plan, Record, place
+from mirage_hello.ptx import loader
+
+CPU = torch.device("cpu")
+
+
+def planned(device=CPU, **kw) -> FrameStream:
+    of = stream(device, **kw)
+    of._planned = True
+    return of
+
+
+# Placement
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_buffers_that_live_together_lie_apart(seed: int) -> None:
+    draw = random.Random(seed)
+    buffers = []
+    for _ in range(draw.randrange(1, 60)):
+        begin = draw.randrange(100)
+        end = None if draw.random() < 0.1 else begin + draw.randrange(1, 30)
+        buffers.append(Buffer(draw.randrange(1, 5000), begin, end))
+    arena_bytes = place(buffers)
+    record = Record(buffers=buffers)
+    ended = [b for b in buffers if b.end is not None]
+    assert record.peak_bytes <= arena_bytes <= sum(b.nbytes + 511 for b in ended)
+    assert all(b.offset == -1 for b in buffers if b.end is None)
+    for i, a in enumerate(ended):
+        assert a.offset % 512 == 0 and a.offset + a.nbytes <= arena_bytes
+        for b in ended[:i]:
+            together = a.begin < b.end and b.begin < a.end
+            apart = a.offset + a.nbytes <= b.offset or b.offset + b.nbytes <= a.offset
+            assert apart or not together
+
+
+def test_a_chain_takes_two_buffers() -> None:
+    x = torch.randn(1000)
+    out = torch.empty(1000)
+
+    def chain() -> None:
+        y = x
+        for _ in range(6):
+            z = torch.empty_like(y)
+            z.copy_(y).mul_(2)
+            y = z
+        out.copy_(y)
+
+    plan = Plan(chain, CPU)
+    assert plan.peak_bytes == 8000 and plan.arena_bytes == 8192
+    out.zero_()
+    plan._arena.fill_(255)
+    plan.run()
+    assert torch.equal(out, 64 * x)
+
+
+def test_a_function_that_changes_its_mind_is_refused() -> None:
+    calls = []
+
+    def function() -> None:
+        calls.append(0)
+        torch.empty(len(calls))
+
+    plan = Plan(function, CPU)
+    with pytest.raises(RuntimeError, match="allocate the same at every call"):
+        plan.run()
+
+
+def test_what_the_function_keeps_is_not_in_the_arena() -> None:
+    kept = []
+
+    def function() -> None:
+        kept.append(torch.empty(100).fill_(len(kept)))
+
+    plan = Plan(function, CPU)
+    plan.run()
+    assert plan.arena_bytes == 0 and [int(t[0]) for t in kept] == [0, 1, 2]
+
+
+def test_the_list_says_where_and_what() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.SiLU()))
+    x, out = torch.randn(4, 8), torch.empty(4, 8)
+
+    def function() -> None:
+        h = model(x)
+        out.copy_(ops.silu(h))
+
+    with use("ptx-emulated"):
+        plan = Plan(function, CPU, {"model": model})
+    where = [launch.where for launch in plan.launches]
+    assert where == ["model.0", "model.1.0", "frame", "frame"]
+    silu = plan.launches[2]
+    assert silu.name == "silu_f32" and silu.grid and silu.block and (4, 8) in silu.tensors
+    text = str(plan)
+    assert "silu_f32" in text and "torch addmm" in text and "4 launches; arena" in text
+
+
+def test_emulated_kernels_in_the_arena_give_the_same_bits() -> None:
+    """A residual block, a transformer's products: hand-written kernels in shared memory."""
+    block = stream("cpu", dtype=torch.bfloat16).denoiser.unet.down_blocks[1].resnets[0]
+    x = torch.randn(1, 32, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last)
+    bias, out = torch.randn(1, 64).bfloat16(), torch.empty(1, 64, 8, 8, dtype=torch.bfloat16)
+
+    def function() -> None:
+        out.copy_(block(layers.Image(x), bias).pixels)
+
+    with torch.no_grad(), use("ptx-emulated"):
+        function()
+        expected = out.clone()
+        plan = Plan(function, CPU)
+        out.zero_()
+        plan._arena.fill_(255)
+        plan.run()
+    assert torch.equal(out, expected)
+    assert plan.arena_bytes and all(launch.grid for launch in plan.launches[:-1])
+
+
+def test_watching_ends_with_its_block() -> None:
+    seen = []
+    with use("ptx-emulated"), loader.watched(lambda *launch: seen.append(launch[1])):
+        ops.silu(torch.randn(8))
+    with use("ptx-emulated"):
+        ops.silu(torch.randn(8))
+    assert seen == ["silu_f32"]
+
+
+# Frames
+
+
+def test_two_plans_have_the_same_bits_as_no_plan(device: torch.device) -> None:
+    frames = clip(4)
+    expected = run(stream(device, graph=False, policy="torch"), frames)
+    for _ in range(2):
+        assert np.array_equal(run(planned(device, policy="torch"), frames), expected)
+
+
+CHANGES = {
+    "prompt": lambda of: of.set_context(torch.linspace(-1, 1, 3 * 24).view(3, 24)),
+    "longer prompt": lambda of: of.set_context(torch.linspace(-1, 1, 7 * 24).view(7, 24)),
+    "style": lambda of: of.set_style(2),
+    "strength": lambda of: setattr(of, "strength", 0.4),
+    "history noise": lambda of: setattr(of, "history_noise", 0.4),
+    "guidance": lambda of: setattr(of, "guidance", 5.0),
+    "schedule": lambda of: setattr(of, "schedule", [2.0, 0.7, 0.0]),
+    "weights": lambda of: of.set_deltas({WEIGHT: DELTA}, 0.5),
+    "low-rank weights": lambda of: of.set_deltas({WEIGHT: (torch.ones(64, 2), torch.ones(2, 64))}),
+}
+WEIGHT = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0.weight"
+DELTA = torch.linspace(-1, 1, 64 * 64).view(64, 64)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_two_frames_equals_a_fresh_plan(device, change: str) -> None:
+    def make() -> FrameStream:
+        return planned(device, steps=2, guidance=2.0 if change == "guidance" else None)
+
+    frames = clip(3)
+    plain, live, fresh = make(), make(), make()
+    CHANGES[change](fresh)
+    expected = run(fresh, frames)
+    assert np.array_equal(plain.push(frames[0]), live.push(frames[0]))
+    plan = live.plan
+    CHANGES[change](live)
+    assert not np.array_equal(plain.push(frames[1]), live.push(frames[1]))
+    assert (live.plan is plan) == (change != "longer prompt")  # nothing is captured again
+    live.reset()
+    assert np.array_equal(run(live, frames), expected)
+
+
+def test_deltas_leave_without_a_trace(device: torch.device) -> None:
+    of, frames = planned(device, dtype=torch.bfloat16), clip(2)
+    expected = run(of, frames)
+    of.set_deltas({WEIGHT: DELTA}, 0.3)
+    of.set_deltas({"unet.conv_in.weight": torch.ones(32, 28, 3, 3)})
+    of.reset()
+    assert not np.array_equal(run(of, frames), expected)
+    of.set_deltas({})
+    of.reset()
+    assert np.array_equal(run(of, frames), expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda of: of.set_deltas({"unet.conv_im.weight": DELTA}), "did you mean unet.conv_in"),
+        (lambda of: of.set_deltas({WEIGHT: DELTA[:2]}), r"must be \[64, 64\] \(got \[2, 64\]"),
+        (lambda of: setattr(of, "schedule", [1.0, 0.0]), "2 steps is 3 falling noise levels"),
+        (lambda of: setattr(of, "schedule", [1.0, 2.0, 0.0]), "falling"),
+        (lambda of: of.set_context(torch.zeros(3, 5)), r"\[L, 24\]"),
+        (lambda of: setattr(of, "history_noise", 11), "from 0 to 10"),
+    ],
+)
+def test_a_refused_change_changes_nothing(call, message: str) -> None:
+    of, frames = planned(steps=2), clip(2)
+    expected = run(planned(steps=2), frames)
+    first = of.push(frames[0])
+    with pytest.raises(ValueError, match=message):
+        call(of)
+    assert np.array_equal([first, of.push(frames[1])], expected)
+
+
+def test_guidance_is_the_equation(device: torch.device) -> None:
+    """uncond + scale (cond - uncond): scale 1 is the conditional prediction alone."""
+    frames = clip(2)
+    plain = run(planned(device, dtype=torch.float32, policy="torch"), frames)
+    guided = run(planned(device, dtype=torch.float32, policy="torch", guidance=1.0), frames)
+    assert np.abs(np.array(plain, int) - np.array(guided, int)).mean() < 0.1
+
+
+def test_frames_under_way_come_back_in_order(device: torch.device) -> None:
+    frames = clip(6)
+    expected = run(planned(device), frames)
+    assert np.array_equal(list(planned(device).run(frames)), expected)
+    of = planned(device)
+    of.submit(frames[0])
+    of.submit(frames[1])
+    with pytest.raises(RuntimeError, match="2 frames are under way"):
+        of.submit(frames[2])
+    with pytest.raises(RuntimeError, match="collect the 2 submitted"):
+        of.push(frames[2])
+    outputs = [of.collect(), of.collect()]
+    with pytest.raises(RuntimeError, match="no frame is under way"):
+        of.collect()
+    assert np.array_equal([*outputs, *run(of, frames[2:])], expected)
+
+
+def test_tensors_and_sizes_mix_under_way(device: torch.device) -> None:
+    small, large = clip(2, 16, 16), clip(2)
+    outputs = list(planned(device).run([*small, torch.from_numpy(large[0]), large[1]]))
+    assert [o.shape for o in outputs] == [(16, 16, 3)] * 2 + [(32, 40, 3)] * 2
+    assert isinstance(outputs[2], torch.Tensor) and isinstance(outputs[3], np.ndarray)
+
+
+def test_an_exception_in_the_caller_leaves_the_plan_working(device: torch.device) -> None:
+    of, frames = planned(device), clip(5)
+    expected = run(planned(device), frames)
+    outputs = []
+    with pytest.raises(KeyError):
+        for output in of.run(frames):
+            outputs.append(output)
+            raise KeyError
+    assert of.under_way == 0
+    of.reset()
+    assert np.array_equal(run(of, frames), expected)
+    assert np.array_equal(outputs[0], expected[0])
+
+
+def test_a_failed_build_leaves_the_old_plan_working(device, monkeypatch) -> None:
+    of, frames = planned(device), clip(3)
+    expected = run(planned(device), frames)
+    first = of.push(frames[0])
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(stream_module, "Plan", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        of.push(clip(1, 48, 48)[0])
+    monkeypatch.setattr(budget, "available", lambda device: 2**20)
+    with pytest.raises(ValueError, match="would fit"):
+        of.push(clip(1, 480, 480)[0])
+    assert np.array_equal([first, *run(of, frames[1:])], expected)
+
+
+def test_a_prepared_size_is_swapped_in_between_two_frames(device: torch.device) -> None:
+    of, frames, large = planned(device), clip(2, 16, 16), clip(2, 40, 48)
+    expected = run(planned(device), large)
+    of.push(frames[0])
+    thread = threading.Thread(target=of.prepare, args=(40, 48))
+    thread.start()
+    while thread.is_alive():
+        of.push(frames[1])
+    plan = of._sizes[(40, 48)].plan
+    of._generator.manual_seed(0)
+    started = time.perf_counter()
+    swapped = of.push(large[0])
+    seconds = time.perf_counter() - started
+    assert of.plan is plan
+    if device.type == "cuda":
+        assert seconds < 0.05
+    assert np.array_equal([swapped, of.push(large[1])], expected)
+    assert set(of._sizes) == {(16, 16), (40, 48)}
+    of.push(clip(1, 24, 24)[0])
+    assert set(of._sizes) == {(40, 48), (24, 24)}  # two plans are kept
+
+
+def test_two_streams_at_once(device: torch.device) -> None:
+    frames = clip(8)
+    expected = {seed: run(planned(device, seed=seed), frames) for seed in (1, 2)}
+    streams = {seed: planned(device, seed=seed) for seed in expected}
+    found: dict[int, list] = {}
+
+    def work(seed: int) -> None:
+        found[seed] = list(streams[seed].run(frames))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, outputs in expected.items():
+        assert np.array_equal(found[seed], outputs)
+
+
+def test_the_plans_unet_is_the_streams(device: torch.device) -> None:
+    of = planned(device, policy="torch")
+    of.push(clip(1)[0])
+    names = {launch.where for launch in of.plan.launches}
+    assert "denoiser.unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1" in names
+    assert "autoencoder.encoder" in names and "frame" in names
+    assert UNET.sum_unit == 4
