@@ -1,5 +1,6 @@
 """attention on Hopper: the launch of ptx/attention.sm90a.ptx.j2 and the choice of its tile."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ class Tile:
     degree: int = 3
     min_ctas: int = 1
     resident: bool = False
+    stream: bool = False
 
     @property
     def threads(self) -> int:
@@ -40,8 +42,9 @@ class Tile:
 
     def smem_bytes(self, head_dim: int) -> int:
         """Q rows and 2 x stages key blocks of 128-byte rows, one row per 64 columns; barriers."""
-        rows = 64 * self.warpgroups + 2 * self.stages * self.block_n
-        return -(-head_dim // 64) * rows * 128 + 8 + 32 * self.stages
+        rows = 64 * self.warpgroups * (1 + self.stream) + 2 * self.stages * self.block_n
+        barriers = 32 * self.stages + (32 if self.stream else 8)
+        return -(-head_dim // 64) * rows * 128 + barriers
 
     def program(self, head_dim: int, dtype: str) -> loader.Program:
         return loader.program(
@@ -60,6 +63,7 @@ class Tile:
             DEGREE=self.degree,
             MIN_CTAS=self.min_ctas,
             RESIDENT=self.resident,
+            STREAM=self.stream,
             dtype=dtype,
         )
 
@@ -79,14 +83,29 @@ def attention_sm90a(
     tile = tile or choose_tile(b * h, n, m, d, q.dtype)
     block_m, short = 64 * tile.warpgroups, SHORT_NAME[q.dtype]
     maps = (_heads(q, block_m), _heads(k, tile.block_n), _heads(v, tile.block_n), _heads(out, 64))
-    tile.program(d, short).launch(
-        f"attention_{short}",
-        grid=(-(-n // block_m), h, b),
-        block=(tile.threads,),
-        args=(*maps, m, -(-m // tile.block_n), scale_log2),
-        smem_bytes=tile.smem_bytes(d),
-    )
+    tiles, blocks = -(-n // block_m), -(-m // tile.block_n)
+    program, smem_bytes = tile.program(d, short), tile.smem_bytes(d)
+    args: tuple = (*maps, m, blocks, scale_log2)
+    if not tile.stream:
+        program.launch(f"attention_{short}", (tiles, h, b), (tile.threads,), args, smem_bytes)
+        return out
+    units = tiles * h * b * blocks
+    ctas = min(_multiprocessors(q.device), units)
+    share, extra = divmod(units, ctas)
+    partials = torch.empty(ctas, 2, tile.warpgroups, d // 8 + 1, 128, 4, device=q.device)
+    args += (partials, tiles, h, share, extra)
+    program.launch(f"attention_{short}", (ctas,), (tile.threads,), args, smem_bytes)
+    if share % blocks or extra:
+        merged = (partials, out, n, blocks, tiles, h, share, extra)
+        program.launch(f"attention_merge_{short}", (ctas - 1, tile.warpgroups), (128,), merged)
     return out
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 5  # emulated: few enough that a small call has whole tiles and parts
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _heads(t: Tensor, rows: int) -> loader.TensorMap:

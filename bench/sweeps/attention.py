@@ -56,6 +56,12 @@ def scheduled(tile: Tile, schedules: tuple = SCHEDULES) -> list[Tile]:
     ]
 
 
+def streams(tile: Tile) -> list[Tile]:
+    """The schedules with equal shares of the keys for all multiprocessors."""
+    chosen = (SCHEDULES[0], *SCHEDULES[2:4], *SCHEDULES[6:])
+    return [replace(t, stream=True) for t in scheduled(tile, chosen)]
+
+
 def tiles(n: int, m: int, d: int, b: int) -> list[Tile]:
     """Tiles worth timing at this shape, by what wider sweeps said; docs/attention.md has those."""
     if m <= 128:
@@ -75,11 +81,13 @@ def tiles(n: int, m: int, d: int, b: int) -> list[Tile]:
         base = scheduled(Tile(3, 128, 2, True, 1, True)) + scheduled(Tile(3, 128, 2, True, 3, True))
         base += scheduled(Tile(3, 112, 3, True, 2, True), SCHEDULES[2:4] + SCHEDULES[6:7])
         base += [Tile(3, 128, 2, False, 0, True)]
+        base += streams(Tile(3, 128, 2, True, 1, True)) + streams(Tile(3, 128, 2, True, 3, True))
     elif d <= 64 and m >= 8192:
         base = scheduled(Tile(4, 64, 3, True, 0, True)) + scheduled(Tile(4, 64, 4, True, 2, True))
         base += scheduled(Tile(3, 128, 2, True, 2, True), SCHEDULES[2:4] + SCHEDULES[6:7])
     elif d <= 64:
-        base = scheduled(Tile(3, 128, 2, True, 1, True))
+        base = scheduled(Tile(3, 128, 2, True, 1, True)) + streams(Tile(3, 128, 2, True, 1, True))
+        base += streams(Tile(3, 64, 3, True, 2, True))
     elif d <= 128 and n >= 4096:
         base = scheduled(Tile(2, 128, 2, True, 0, True)) + scheduled(Tile(2, 96, 3, True, 0, True))
     elif d <= 128:
@@ -89,10 +97,14 @@ def tiles(n: int, m: int, d: int, b: int) -> list[Tile]:
         split += (Tile(1, 48, 8, False, 0, True, key_groups=4),)
         base = [s for tile in split for s in scheduled(tile, SCHEDULES[4:5] + SCHEDULES[7:])]
         base += [replace(t, poly=2) for t in base[2:8]]
+        base += (
+            streams(Tile(2, 64, 3, True, 1, True)) + streams(Tile(1, 128, 2, False, 1, True))[2:]
+        )
     else:
         split = (Tile(1, 64, 2, False, 0, True), Tile(1, 64, 4, False, 0, True, resident=True))
         split += (Tile(1, 64, 4, False, 0, True, key_groups=2, resident=True),)
         split += (Tile(1, 32, 8, False, 0, True, key_groups=2, resident=True),)
+        split += (Tile(1, 64, 2, False, 0, False, stream=True),)
         base = [s for tile in split for s in scheduled(tile, SCHEDULES[4:5] + SCHEDULES[7:])]
     return [t for t in base if t.smem_bytes(d) <= SMEM]
 
