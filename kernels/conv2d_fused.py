@@ -17,7 +17,6 @@ A GroupNorm whose groups are multiples of `unit` channels, and skips whose width
 of them: 10 serves every GroupNorm(32) of Stable Diffusion's U-Net, concatenated skips included.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -87,11 +86,9 @@ def conv2d_fused(
         known = ", ".join(BACKENDS)
         raise ValueError(f"conv2d_fused: unknown backend {backend!r}; choose one of {known}")
     check(x, weight, skip, norm, unit, activation)
-    if norm is not None:
-        run = functools.partial(run, norm=norm)
     return run(
         x, weight, bias, stride, padding, channel_bias, residual, skip, upsample,
-        unit=unit, activation=activation,
+        norm=norm, unit=unit, activation=activation,
     )  # fmt: skip
 
 

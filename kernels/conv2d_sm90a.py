@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,15 @@ from mirage_hello.kernels.call import Call, TensorSpec
 from mirage_hello.kernels.product_sm90a import SHORT_NAME, Tile
 from mirage_hello.ptx import loader
 
+if TYPE_CHECKING:
+    from mirage_hello.kernels.conv2d_fused import Norm
+
 # (warpgroups, block_n): what the registers of a consumer thread hold.
 SHAPES = [(w, n) for w in (1, 2, 3) for n in (32, 48, 64, 80, 96, 112, 128, 160)]
 SHAPES += [(2, 192), (2, 256), (1, 256), (1, 192)]
+
+# Columns of a tile without spills, by consumer warpgroups beside the normalising one
+NORM_WIDEST = {1: 256, 2: 192, 3: 128}
 
 # Where a sweep on an H200 found a better tile than the estimate, by choose_tile's arguments.
 MEASURED = {
@@ -50,6 +56,7 @@ def conv2d_fused_sm90a(
     residual: Tensor | None = None,
     skip: Tensor | None = None,
     upsample: bool = False,
+    norm: "Norm | None" = None,
     unit: int = 0,
     activation: str | None = None,
     tile: Tile | None = None,
@@ -67,8 +74,10 @@ def conv2d_fused_sm90a(
     )
     blocks = r * s * (-(-channels // 64) + (-(-skip.shape[1] // 64) if skip is not None else 0))
     grid_p, grid_q = (height, width) if upsample else (p, q)
-    tile = tile or choose_tile(batch * up**2, grid_p, grid_q, outputs, blocks, r, s, stride, unit)
-    tile = tile.fitted(tile.share(blocks), r, s)
+    shape = (batch * up**2, grid_p, grid_q, outputs, blocks, r, s, stride)
+    tile = tile or choose_tile(*shape, unit, 0 if norm is None else norm.groups)
+    table_bytes = tile.table_bytes(batch, blocks, r * s, norm.groups) if norm else 0
+    tile = tile.fitted(tile.share(blocks), r, s, table_bytes)
     rows = 8 * tile.warpgroups
     tiles_x, tiles_y = -(-grid_q // 8), -(-grid_p // rows)
     parts = tiles_x * tiles_y * up * up * tile.row_parts * _slots(tile, unit)
@@ -82,19 +91,41 @@ def conv2d_fused_sm90a(
     maps = (*(_pixels(t, box, stride) for t in inputs), _taps(weight, tile.block_n))
     tiles = (tiles_x, tiles_y * batch, -(-outputs // tile.block_n) * up * up)
     short = SHORT_NAME[x.dtype]
-    variant = skip is not None, upsample, unit, activation == "silu"
+    norm_silu = None if norm is None else norm.silu
+    variant = skip is not None, upsample, unit, activation == "silu", norm_silu
     program(tile, r, s, stride, short, *variant).launch(
         f"conv2d_{short}",
         grid=tile.grid(*tiles),
-        block=(128 * (tile.warpgroups + 1),),
+        block=(128 * (tile.warpgroups + (2 if norm else 1)),),
         args=(
             *maps, bias, channel_bias, residual, *((sums, parts) if unit else ()), out, outputs,
             *((math.prod(tiles), *tiles[:2]) if tile.persistent else (tiles_x,) if unit else ()),
             blocks, p, q, tiles_y, padding, channels,
+            *(_norm_args(norm, x, skip, batch if tile.persistent else 1) if norm else ()),
         ),
-        smem_bytes=tile.layout(r, s)[1],
+        smem_bytes=tile.layout(r, s)[1] + table_bytes,
     )  # fmt: skip
     return out, sums
+
+
+def _norm_args(norm: "Norm", x: Tensor, skip: Tensor | None, images: int) -> tuple[Any, ...]:
+    """What ptx/normalise.j2 reads: the sums and how a group's entries follow each other."""
+    _, parts, units, _ = norm.sums.shape
+    most = parts
+    of_skip: tuple[Any, ...] = ()
+    if skip is not None:
+        assert norm.skip_sums is not None
+        _, skip_parts, skip_units, _ = norm.skip_sums.shape
+        of_skip = norm.skip_sums, skip_parts, skip_units, skip.shape[1]
+        most = max(parts, skip_parts)
+    width = norm.weight.numel() // norm.groups
+    group_units = width * units // x.shape[1]
+    rounds = -(-most * group_units // 16)
+    magic = -(-(2**32) // width)
+    return (
+        norm.sums, parts, units, *of_skip, norm.weight, norm.bias, norm.groups, group_units,
+        magic, 4 // group_units, 4 % group_units, rounds, images, norm.eps,
+    )  # fmt: skip
 
 
 def _slots(tile: Tile, unit: int) -> int:
@@ -117,12 +148,14 @@ def program(
     upsample: bool = False,
     unit: int = 0,
     silu: bool = False,
+    norm_silu: bool | None = None,
 ) -> loader.Program:
-    """The program of a fitted tile."""
+    """The program of a fitted tile; norm_silu: whether SiLU follows the norm, None without one."""
     return loader.program(
         "conv2d.sm90a", OP="conv2d", R=r, S=s, STRIDE=stride, SKIP=skip, UPSAMPLE=upsample,
         PATCH=tile.patch, PATCH_STAGES=tile.patch_stages, dtype=dtype, SUMS=unit,
-        SUM_SLOTS=_slots(tile, unit), SILU=silu, **tile.variables(r, s),
+        SUM_SLOTS=_slots(tile, unit), SILU=silu, NORM=norm_silu is not None,
+        NORM_SILU=bool(norm_silu), **tile.variables(r, s),
     )  # fmt: skip
 
 
@@ -153,17 +186,21 @@ def choose_tile(
     s: int,
     stride: int,
     unit: int = 0,
+    groups: int = 0,
 ) -> Tile:
     """The tile for `blocks` K blocks: as measured on this card, else by the least estimated time.
 
     Args:
         batch, p, q, outputs: of the output; batch counts the four parities of an upsampled image.
         unit: channels of a sum, 0: no sums; not every tile can make them.
+        groups: of the input's norm, 0: none; it needs a patch and a table of the channels.
     """
     shape = (batch, p, q, outputs, blocks, r, s, stride)
 
     def fitting() -> list[Tile]:
-        return [t for t in candidates(blocks, r, s, stride) if not unit or t.sum_slots(unit)]
+        found = candidates(blocks, r, s, stride, patch=bool(groups))
+        found = [t for t in found if not unit or t.sum_slots(unit)]
+        return [t for t in found if not groups or _normalises(t, batch, blocks, r, s, groups)]
 
     def clocks(tile: Tile) -> float:
         if tile == MEASURED.get(shape):
@@ -172,14 +209,23 @@ def choose_tile(
         loaded = tile.pixel_bytes(r, s) / (r * s if tile.patch else 1)
         return tile.clocks(tiles, blocks, loaded)
 
-    names = ("batch", "p", "q", "outputs", "blocks", "r", "s", "stride", "unit")
-    key = dict(zip(names, (*shape, unit), strict=True))
+    names = ("batch", "p", "q", "outputs", "blocks", "r", "s", "stride", "unit", "groups")
+    key = dict(zip(names, (*shape, unit, groups), strict=True))
     return tuning.tile_for("conv2d", key, fitting, clocks)
 
 
-def candidates(blocks: int, r: int, s: int, stride: int) -> list[Tile]:
-    """Every tile whose registers and shared memory fit."""
-    patch = stride == 1 and r * s > 1
+def _normalises(tile: Tile, batch: int, blocks: int, r: int, s: int, groups: int) -> bool:
+    """Whether a tile leaves registers and shared memory to a warpgroup that normalises."""
+    if not tile.patch or tile.blocks_per_sm > 1 or tile.block_n > NORM_WIDEST[tile.warpgroups]:
+        return False
+    share = tile.share(blocks)
+    table_bytes = tile.table_bytes(batch, blocks, r * s, groups)
+    return tile.most_stages(share, r, s, table_bytes) >= min(3, share)
+
+
+def candidates(blocks: int, r: int, s: int, stride: int, patch: bool = False) -> list[Tile]:
+    """Every tile whose registers and shared memory fit; patch: also where one tap reads it."""
+    patch = stride == 1 and (patch or r * s > 1)
     found = []
     for groups, block_n in SHAPES:
         tiles = [Tile(groups, block_n, n, patch=patch) for n in range(1, min(blocks, 8) + 1)]

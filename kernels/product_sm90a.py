@@ -90,16 +90,17 @@ class Tile:
         parts = self.pipeline_bytes(stages, r, s), self.slice_bytes()
         return sum(parts) if self.persistent else max(parts)
 
-    def most_stages(self, share: int, r: int = 1, s: int = 1) -> int:
-        """Stages that fit, no more than the K blocks of a block of the cluster; 0: none fit."""
-        room = SMEM_BYTES[self.blocks_per_sm] - 8 - 16 * (MAX_STAGES + self.patch_stages)
-        room -= 4 * self.block_m
+    def most_stages(self, share: int, r: int = 1, s: int = 1, table_bytes: int = 0) -> int:
+        """Stages that fit beside a table, no more than the K blocks of a block of the cluster; 0:
+        none fit."""
+        room = SMEM_BYTES[self.blocks_per_sm] - 8 - 16 * MAX_STAGES - 24 * self.patch_stages
+        room -= 4 * self.block_m + table_bytes
         fits = [n for n in range(1, MAX_STAGES + 1) if self.barriers_at(n, r, s) <= room]
         return min(max(fits, default=0), MAX_STAGES if self.persistent else max(share, 2))
 
-    def fitted(self, share: int, r: int = 1, s: int = 1) -> "Tile":
+    def fitted(self, share: int, r: int = 1, s: int = 1, table_bytes: int = 0) -> "Tile":
         """With `stages` filled in. ValueError when nothing fits the shared memory."""
-        stages = self.stages or self.most_stages(share, r, s)
+        stages = self.stages or self.most_stages(share, r, s, table_bytes)
         if stages < 1:
             raise ValueError(
                 f"{self}: a block may have {SMEM_BYTES[self.blocks_per_sm]} bytes of shared memory "
@@ -112,7 +113,14 @@ class Tile:
         assert self.stages is not None
         bars = self.barriers_at(self.stages, r, s)
         sums = 4 * self.block_m  # pixels that each row of threads counts
-        return bars, bars + 16 * (self.stages + self.patch_stages) + 8 + sums
+        return bars, bars + 16 * self.stages + 24 * self.patch_stages + 8 + sums
+
+    def table_bytes(self, batch: int, blocks: int, taps: int, groups: int) -> int:
+        """Of a norm: float32 scales and shifts of the channels in a block's part of K, and its
+        groups' statistics. A persistent block takes tiles of every image."""
+        images = batch if self.persistent else 1
+        depth = min(-(-self.share(blocks) // taps) + (self.split > 1), -(-blocks // taps))
+        return 16 + images * depth * 512 + 8 * groups
 
     def variables(self, r: int = 1, s: int = 1) -> dict[str, int | bool]:
         """Template variables of a fitted tile."""

@@ -1,4 +1,4 @@
-"""conv2d_fused: statistics of the output, activation; the emulator and a GPU against torch."""
+"""conv2d_fused: a norm of the input and statistics of the output, in the emulator and on a GPU."""
 
 import random
 from dataclasses import replace
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mirage_hello import reference
 from mirage_hello.kernels import conv2d_fused as page
 from mirage_hello.kernels import parity
-from mirage_hello.kernels.conv2d_sm90a import candidates, conv2d_fused_sm90a, program
+from mirage_hello.kernels.conv2d_sm90a import NORM_WIDEST, candidates, conv2d_fused_sm90a, program
 from mirage_hello.kernels.product_sm90a import Tile
 from mirage_hello.ptx import assembler
 
@@ -55,12 +55,30 @@ def check_sums(out, sums, unit):
     assert ((found[..., 2] / m2.clamp_min(1e-30) - 1).abs() <= 1e-4)[m2 > 0].all()
 
 
+def in_double(value):
+    if isinstance(value, page.Norm):
+        return replace(value, **{n: in_double(v) for n, v in vars(value).items()})
+    return value.double() if isinstance(value, torch.Tensor) else value
+
+
 def check_output(args, out, **options):
     plain = page.conv2d_fused_torch(*args, **options)[0]
-    doubled = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
-    truth = page.conv2d_fused_torch(*doubled, **options)[0]
+    doubled = {name: in_double(value) for name, value in options.items()}
+    truth = page.conv2d_fused_torch(*map(in_double, args), **doubled)[0]
     result = parity.judge(out, plain, truth)
     assert result.passed, result
+
+
+def norm_of(x, groups, skip=None, unit=10, parts=3, silu=True):
+    """A norm of cat([x, skip]), whose sums come in several parts of unequal height."""
+
+    def sums(t, n):
+        return torch.cat([page.sums_torch(rows, unit) for rows in t.chunk(n, 2)], 1)
+
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    weight, bias = (draw(channels, dtype=x.dtype, device=x.device) for _ in range(2))
+    skip_sums = None if skip is None else sums(skip, 2)
+    return page.Norm(sums(x, parts), groups, weight, bias, skip_sums, silu=silu)
 
 
 @pytest.mark.parametrize(("tile", "unit"), SUMMED, ids=str)
@@ -92,6 +110,65 @@ def test_emulated_silu_precedes_the_sums():
     check_sums(out, sums, 4)
 
 
+# Tiles of every branch of ptx/normalise.j2, with groups of 80 channels.
+NORMALISED = [
+    (PATCH, 8),
+    (Tile(2, 80, patch=True), 4),
+    (Tile(2, 48, split=3, patch=True), 2),
+    (Tile(3, 64, split=4, patch=True), 1),
+    (replace(PATCH, persistent=True), 8),
+]
+
+WIDEST = [Tile(groups, block_n, patch=True) for groups, block_n in NORM_WIDEST.items()]
+
+
+@pytest.mark.parametrize(("tile", "groups"), NORMALISED, ids=str)
+def test_emulated_norm(tile, groups):
+    """Padding is 0 after the activation; channels that end inside a block of 64."""
+    args = inputs(2, 80, 11, 9, 40)
+    norm = norm_of(args[0], groups)
+    out, sums = conv2d_fused_sm90a(*args, norm=norm, unit=10, tile=tile)
+    check_output(args, out, norm=norm)
+    check_sums(out, sums, 10)
+
+
+@pytest.mark.parametrize("tile", [PATCH, Tile(2, 48, 3, patch=True), NORMALISED[-1][0]], ids=str)
+@pytest.mark.parametrize("upsample", [False, True])
+def test_emulated_norm_of_two_inputs(tile, upsample):
+    """The third of four groups has channels of both."""
+    x, skip, weight = draw(2, 80, 5, 9), draw(2, 40, 5, 9), draw(24, 120, 3, 3, scale=0.03)
+    args = (x, weight, None, 1, 1, None, None, skip, upsample)
+    norm = norm_of(x, 4, skip)
+    check_output(args, conv2d_fused_sm90a(*args, norm=norm, tile=tile)[0], norm=norm)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window", "groups", "options"),
+    [
+        (torch.float16, 3, 4, {}),
+        (torch.bfloat16, 3, 4, {"silu": False}),
+        (torch.bfloat16, 1, 4, {"silu": False}),
+        (torch.float16, 2, 40, {"unit": 2, "parts": 1}),
+    ],
+)
+def test_emulated_norm_kinds(dtype, window, groups, options):
+    args = list(inputs(1, 80, 9, 10, 32, dtype, window=window)[:5])
+    args[0] = args[0] + 20
+    norm = norm_of(args[0], groups, **options)
+    check_output(args, conv2d_fused_sm90a(*args, norm=norm, tile=PATCH)[0], norm=norm)
+
+
+def test_emulated_chain():
+    """What one convolution leaves, the next one reads: a residual block."""
+    first = inputs(1, 40, 9, 9, 40)
+    x, norm = first[0], norm_of(first[0], 4)
+    h, sums = conv2d_fused_sm90a(*first[:6], norm=norm, unit=10, tile=Tile(1, 32, 1, patch=True))
+    second = (h, *inputs(1, 40, 9, 9, 40)[1:5], None, x)
+    again = replace(norm, sums=sums)
+    out, _ = conv2d_fused_sm90a(*second, norm=again, tile=PATCH)
+    check_output(second, out, norm=replace(norm, sums=page.sums_torch(h, 10)))
+
+
 def test_emulated_sums_every_time_the_same():
     args = inputs(1, 128, 8, 8, 40)
     tile = Tile(1, 48, split=2, patch=True)
@@ -103,6 +180,14 @@ def test_emulated_sums_every_time_the_same():
 def test_assembles_without_spills(tile, unit):
     fitted = tile.fitted(4, 3, 3)
     text = program(fitted, 3, 3, 1, "bf16", unit=unit, silu=True).text
+    report = assembler.ptxas(text, "sm_90a", ("-v",))[1]
+    assert " 0 bytes spill stores, 0 bytes spill loads" in report and "C75" not in report
+
+
+@pytest.mark.parametrize("tile", [tile for tile, _ in NORMALISED] + WIDEST, ids=str)
+def test_norm_assembles_without_spills(tile):
+    fitted = tile.fitted(4, 3, 3, 4096)
+    text = program(fitted, 3, 3, 1, "bf16", norm_silu=True).text
     report = assembler.ptxas(text, "sm_90a", ("-v",))[1]
     assert " 0 bytes spill stores, 0 bytes spill loads" in report and "C75" not in report
 
@@ -165,3 +250,21 @@ def test_random_sums_on_the_gpu(seed):
         out, sums = conv2d_fused_sm90a(*args, unit=10, tile=tile)
         check_output(args, out)
         check_sums(out, sums, 10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skip_channels", [0, 160])
+def test_random_norms_on_the_gpu(skip_channels, seed):
+    dice = random.Random(seed)
+    for _ in range(20):
+        b, h, w = dice.randint(1, 3), dice.randint(1, 70), dice.randint(1, 70)
+        c, o = 160 * dice.randint(1, 4), 40 * dice.randint(1, 5)
+        x, skip = (draw(b, n, h, w, device="cuda") + 3 for n in (c, skip_channels))
+        weight = draw(o, c + skip_channels, 3, 3, scale=(9 * c) ** -0.5, device="cuda")
+        args = (x, weight, None, 1, 1, None, None, skip if skip_channels else None)
+        norm = norm_of(x, 16, args[-1])
+        out, sums = conv2d_fused_sm90a(*args, norm=norm, unit=10)
+        check_output(args, out, norm=norm)
+        check_sums(out, sums, 10)
+        again, _ = conv2d_fused_sm90a(*args, norm=norm, unit=10)
+        assert torch.equal(out, again)

@@ -5,11 +5,15 @@ python bench/sweeps/conv2d_fused.py [CASE-SUBSTRING]      writes $OUT/sweep-conv
     conv            the chosen tile, weights loading under the kernel before (griddepcontrol)
     alone           the same text without griddepcontrol: starts when the kernel before has ended
     conv+sums       with the statistics of its output
+    norm+conv+sums  GroupNorm+SiLU of the input while it is read, from its producer's sums
+    norm, conv      ops.group_norm_silu, statistics and all, then conv
+    cudnn norm...   torch's GroupNorm and SiLU, then cuDNN
 """
 
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -20,7 +24,7 @@ from mirage_hello.bench.sweeps import product, runner
 from mirage_hello.bench.sweeps.conv2d import CASES, image
 from mirage_hello.kernels import conv2d_fused as page
 from mirage_hello.kernels import conv2d_sm90a as conv
-from mirage_hello.kernels import parity
+from mirage_hello.kernels import ops, parity
 from mirage_hello.ptx import loader
 
 UNITS = {128: 4, 512: 16}  # C / 32; 10 for the widths of a U-Net
@@ -39,6 +43,28 @@ def without_waits(program: loader.Program) -> loader.Program:
     return loader.Program(program.name, "\n".join(lines))
 
 
+def producer_sums(x: Tensor, size: int) -> Tensor:
+    """Sums of x in as many parts as the convolution that made it would leave."""
+    b, c = x.shape[:2]
+    unit = UNITS.get(c, 10)
+    blocks = 9 * -(-c // 64)
+    tile = conv.choose_tile(b, size, size, c, blocks, 3, 3, 1, unit)
+    tiles = -(-size // 8) * -(-size // (8 * tile.warpgroups))
+    parts = tiles * tile.row_parts * tile.sum_slots(unit)
+    scale = torch.tensor([1 / parts, 1.0, 1 / parts, 0.0], device=x.device)
+    return (page.sums_torch(x, unit) * scale).expand(-1, parts, -1, -1).contiguous()
+
+
+def expect(name: str, contenders: dict[str, Callable[[], Tensor]], args: tuple) -> None:
+    """Parity of every contender; cuDNN's own output, the first, sets what is allowed."""
+    exact: Any = [a.float() if isinstance(a, Tensor) else a for a in args]
+    truth, plain = F.conv2d(*exact), next(iter(contenders.values()))()
+    for key, run in contenders.items():
+        result = parity.judge(run(), plain, truth)
+        if not result.passed:
+            print(f"{name} WRONG {key}: {result}", flush=True)
+
+
 def run_case(name: str) -> dict:
     b, c, o, size, stride = CASES[name]
     x, weight = image(b, c, size, size), image(o, c, 3, 3, scale=(9 * c) ** -0.5)
@@ -50,18 +76,33 @@ def run_case(name: str) -> dict:
     def without_overlap() -> Tensor:
         return conv.conv2d_sm90a(*args)
 
+    groups = 32
+    norm_weight, norm_bias = (torch.randn(c, device="cuda", dtype=x.dtype) for _ in range(2))
+    norm = page.Norm(producer_sums(x, size), groups, norm_weight, norm_bias)
+
+    def normalised(run: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        return lambda: run(ops.group_norm_silu(x, groups, norm_weight, norm_bias))
+
     contenders: dict[str, Callable[[], Tensor]] = {
         "cudnn": lambda: F.conv2d(*args),
         "conv": lambda: conv.conv2d_sm90a(*args),
         "alone": without_overlap,
         "conv+sums": lambda: conv.conv2d_fused_sm90a(*args, unit=unit)[0],
     }
-    plain = F.conv2d(*args)
-    truth = F.conv2d(x.float(), weight.float(), bias.float(), stride, 1)
-    for key, run in contenders.items():
-        result = parity.judge(run(), plain, truth)
-        if not result.passed:
-            print(f"{name} WRONG {key}: {result}", flush=True)
+    after_norm: dict[str, Callable[[], Tensor]] = {
+        "cudnn norm": lambda: F.conv2d(
+            F.silu(F.group_norm(x, groups, norm_weight, norm_bias)), *args[1:]
+        ),
+        "norm, conv": normalised(lambda t: conv.conv2d_sm90a(t, *args[1:])),
+    }
+    if stride == 1:
+        after_norm["norm+conv+sums"] = lambda: conv.conv2d_fused_sm90a(*args, norm=norm, unit=unit)[
+            0
+        ]
+    expect(name, contenders, args)
+    normed = F.silu(F.group_norm(x.float(), groups, norm_weight.float(), norm_bias.float()))
+    expect(name, after_norm, (normed, *args[1:]))
+    contenders |= after_norm
     out, sums = conv.conv2d_fused_sm90a(*args, unit=unit)
     assert sums is not None
     found, expected = (page.merged(s.double()) for s in (sums, page.sums_torch(out, unit)))

@@ -24,20 +24,27 @@ from mirage_hello.kernels import conv2d_sm90a as conv
 from mirage_hello.kernels import parity
 from mirage_hello.kernels.product_sm90a import SHORT_NAME, Tile
 
-# (tile, window, stride, skip, upsample, unit, activation)
-PROGRAMS: list[tuple[Tile, int, int, bool, bool, int, str | None]] = [
-    (Tile(2, 80, patch=True), 3, 1, False, False, 10, None),
-    (Tile(2, 80, patch=True), 3, 1, True, False, 0, None),
-    (Tile(2, 80, 2, patch=True), 3, 1, False, False, 10, None),
-    (Tile(2, 96, 4, patch=True), 3, 1, True, False, 10, None),
-    (Tile(1, 64, 5, patch=True), 3, 1, False, False, 10, None),
-    (Tile(3, 96, patch=True), 3, 1, False, True, 0, "silu"),
-    (Tile(1, 80, 3, patch=True), 3, 1, True, True, 10, None),
-    (Tile(2, 160, persistent=True, patch=True), 3, 1, False, False, 10, None),
-    (Tile(1, 64, patch=True, blocks_per_sm=2), 3, 1, False, False, 0, None),
-    (Tile(2, 64, 4), 3, 2, False, False, 10, None),
-    (Tile(1, 160), 1, 1, True, False, 4, "silu"),
-    (Tile(2, 128, persistent=True), 3, 2, False, False, 4, None),
+# (tile, window, stride, skip, upsample, unit, activation, whether SiLU follows a norm or None)
+Kind = tuple[Tile, int, int, bool, bool, int, str | None, bool | None]
+PROGRAMS: list[Kind] = [
+    (Tile(2, 80, patch=True), 3, 1, False, False, 10, None, None),
+    (Tile(2, 80, patch=True), 3, 1, True, False, 0, None, None),
+    (Tile(2, 80, 2, patch=True), 3, 1, False, False, 10, None, None),
+    (Tile(2, 96, 4, patch=True), 3, 1, True, False, 10, None, None),
+    (Tile(1, 64, 5, patch=True), 3, 1, False, False, 10, None, None),
+    (Tile(3, 96, patch=True), 3, 1, False, True, 0, "silu", None),
+    (Tile(1, 80, 3, patch=True), 3, 1, True, True, 10, None, None),
+    (Tile(2, 160, persistent=True, patch=True), 3, 1, False, False, 10, None, None),
+    (Tile(1, 64, patch=True, blocks_per_sm=2), 3, 1, False, False, 0, None, None),
+    (Tile(2, 64, 4), 3, 2, False, False, 10, None, None),
+    (Tile(1, 160), 1, 1, True, False, 4, "silu", None),
+    (Tile(2, 128, persistent=True), 3, 2, False, False, 4, None, None),
+    (Tile(2, 80, patch=True), 3, 1, False, False, 10, None, True),
+    (Tile(2, 80, 2, patch=True), 3, 1, True, False, 10, None, True),
+    (Tile(2, 96, 4, patch=True), 3, 1, True, False, 10, None, True),
+    (Tile(1, 64, 5, patch=True), 3, 1, False, False, 10, None, True),
+    (Tile(2, 160, persistent=True, patch=True), 3, 1, False, True, 10, None, True),
+    (Tile(1, 160, patch=True), 1, 1, False, False, 0, None, False),
 ]
 DTYPES = (torch.bfloat16, torch.float16)
 STAGES = 4  # the same for every K, so that a tile is one program
@@ -48,30 +55,50 @@ def image(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     return drawn.contiguous(memory_format=torch.channels_last)
 
 
-def draw(rng: random.Random, kind: tuple) -> dict[str, Any]:
+def draw(rng: random.Random, kind: Kind) -> dict[str, Any]:
     """Arguments of conv2d_fused_sm90a."""
-    tile, window, stride, with_skip, upsample, unit, activation = kind
+    tile, window, stride, with_skip, upsample, unit, activation, norm_silu = kind
     dtype = rng.choice(DTYPES)
     b, h, w = rng.randint(1, 4), rng.randint(1, 40), rng.randint(1, 40)
-    c = 8 * rng.randint(-(-tile.split // window**2) * 8, 40)
-    extra = 8 * rng.randint(1, 20) if with_skip else 0
+    step = 8 if norm_silu is None else 40  # whole units
+    c = step * rng.randint(-(-64 * -(-tile.split // window**2) // step), 320 // step)
+    extra = step * rng.randint(1, 160 // step) if with_skip else 0
     o = 40 * rng.randint(1, 6) if unit else 8 * rng.randint(1, 30)
     up, pad = 2 if upsample else 1, window // 2
     p, q = ((up * n + 2 * pad - window) // stride + 1 for n in (h, w))
     size, mean = (c + extra, window, window), rng.choice((0.0, 0.0, 100.0))
+    x = image(b, c, h, w, dtype=dtype)
+    skip = image(b, extra, h, w, dtype=dtype) if extra else None
     return {
-        "x": image(b, c, h, w, dtype=dtype),
+        "x": x,
         "weight": image(o, *size, dtype=dtype, scale=(window**2 * (c + extra)) ** -0.5),
         "bias": (torch.randn(o, device="cuda") + mean).to(dtype),
         "stride": stride,
         "padding": pad,
         "channel_bias": rng.choice((None, torch.randn(b, o, device="cuda").to(dtype))),
         "residual": rng.choice((None, image(b, o, p, q, dtype=dtype))),
-        "skip": image(b, extra, h, w, dtype=dtype) if extra else None,
+        "skip": skip,
         "upsample": upsample,
+        "norm": None if norm_silu is None else draw_norm(rng, x, skip, norm_silu),
         "unit": unit,
         "activation": activation,
     }
+
+
+def draw_norm(
+    rng: random.Random, x: torch.Tensor, skip: torch.Tensor | None, silu: bool
+) -> page.Norm:
+    """Of a random number of groups, with sums of 10 channels in several parts."""
+
+    def sums(t: torch.Tensor) -> torch.Tensor:
+        rows = t.chunk(rng.randint(1, 9), 2)
+        return torch.cat([page.sums_torch(part, 10) for part in rows], 1)
+
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    groups = rng.choice([g for g in range(1, channels // 10 + 1) if channels % (10 * g) == 0])
+    weight, bias = (torch.randn(channels, device="cuda").to(x.dtype) for _ in range(2))
+    of_skip = None if skip is None else sums(skip)
+    return page.Norm(sums(x), groups, weight, bias, of_skip, silu=silu)
 
 
 def wrong_sums(out: torch.Tensor, sums: torch.Tensor, unit: int) -> bool:
@@ -82,11 +109,17 @@ def wrong_sums(out: torch.Tensor, sums: torch.Tensor, unit: int) -> bool:
     return not (torch.equal(found[..., 0], count) and near.all() and squares.all())
 
 
+def in_double(value: Any) -> Any:
+    if isinstance(value, page.Norm):
+        return replace(value, **{n: in_double(v) for n, v in vars(value).items()})
+    return value.double() if isinstance(value, torch.Tensor) else value
+
+
 def check(values: dict[str, Any], tile: Tile) -> str | None:
     """What is wrong with one call, or None."""
     tile = replace(tile, stages=STAGES)
-    unsummed = values | {"unit": 0}
-    doubled = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in unsummed.items()}
+    unsummed: Any = values | {"unit": 0}
+    doubled: Any = {name: in_double(value) for name, value in unsummed.items()}
     truth = page.conv2d_fused_torch(**doubled)[0]
     plain = page.conv2d_fused_torch(**unsummed)[0]
     parity.poison(plain)
@@ -102,9 +135,9 @@ def compile_all() -> None:
     jobs = [
         conv.program(
             replace(tile, stages=STAGES), window, window, stride, SHORT_NAME[dtype],
-            skip=skip, upsample=upsample, unit=unit, silu=bool(activation),
+            skip=skip, upsample=upsample, unit=unit, silu=bool(activation), norm_silu=norm_silu,
         )
-        for tile, window, stride, skip, upsample, unit, activation in PROGRAMS
+        for tile, window, stride, skip, upsample, unit, activation, norm_silu in PROGRAMS
         for dtype in DTYPES
     ]  # fmt: skip
     with ThreadPoolExecutor(16) as pool:
