@@ -59,12 +59,22 @@ def tune_case(
     outcome = Outcome()
     begin("inputs", STEP_SECONDS)
     subject = prepare(case, dtype, options)
-    for kernel in op_named(case.op).kernels:
-        if tuning.has_tiles(kernel.run) and not left_out(kernel, subject.call, options):
-            for request in requests(kernel, subject.args):
-                tuned = Tuned(subject, kernel, request, options.tiles)
-                outcome.tiles += tuned.measured(begin, lost)
+    for kernel in tiled(subject.call, options):
+        for request in requests(kernel, subject.args):
+            tuned = Tuned(subject, kernel, request, options.tiles)
+            outcome.tiles += tuned.measured(begin, lost)
     return outcome
+
+
+def tiled(call: Call, options: Options) -> list[Kernel]:
+    """The kernels with tiles that can run this call, of the newest architecture."""
+    able = [
+        kernel
+        for kernel in op_named(call.op).kernels
+        if tuning.has_tiles(kernel.run) and not left_out(kernel, call, options)
+    ]
+    newest = min((kernel.order[1] for kernel in able), default=0)
+    return [kernel for kernel in able if kernel.order[1] == newest]
 
 
 def requests(kernel: Kernel, args: tuple) -> list[tuning.Request]:

@@ -4,35 +4,66 @@ Both compute the same, step by step, and take the same arguments. A linear layer
 convolution of one image, a row of M pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mirage_hello.kernels import conv2d_sm90a, linear_sm90a
+from mirage_hello.kernels import conv2d_sm90a, linear_sm90a, tuning
 from mirage_hello.kernels.call import Call
 from mirage_hello.ptx import loader
 
 ELEMENTS = {torch.float16: ("__half", "f16"), torch.bfloat16: ("__nv_bfloat16", "bf16")}
-BLOCK_M, BLOCK_N = 128, 64
-
-# (dtype, gated) -> the program and its entry
-Source = Callable[[torch.dtype, bool], tuple[loader.Program, str]]
+BLOCK_M = 128
+CPU_MULTIPROCESSORS = 108  # what the emulator stands for: an A100's
 
 
-def cuda_source(dtype: torch.dtype, gated: bool) -> tuple[loader.Program, str]:
+@dataclass(frozen=True)
+class Tile:
+    """128 pixels by block_n rows of the weight; 64 or 128."""
+
+    block_n: int
+
+
+TILES = (Tile(64), Tile(128))
+# Clocks of a multiprocessor for 16 of K, by the longer of products and shared memory; see the .cu.
+CLOCKS = {64: 144, 128: 206}
+
+# (dtype, gated, tile) -> the program and its entry
+Source = Callable[[torch.dtype, bool, Tile], tuple[loader.Program, str]]
+
+
+def cuda_source(
+    dtype: torch.dtype, gated: bool, tile: Tile, switches: Mapping[str, int] | None = None
+) -> tuple[loader.Program, str]:
+    """`switches` take steps of the ladder back: {"SWIZZLE": 0, "ASYNC": 0, "RING": 2}."""
     element, mma = ELEMENTS[dtype]
-    defines = {"ELEMENT": element, "MMA": mma, "GATED": str(int(gated))}
+    numbers = {"GATED": int(gated), "BLOCK_N": tile.block_n, **(switches or {})}
+    defines = {"ELEMENT": element, "MMA": mma} | {k: str(v) for k, v in numbers.items()}
     return loader.cuda_program("product", defines), "product"
 
 
-def ptx_source(dtype: torch.dtype, gated: bool) -> tuple[loader.Program, str]:
+def ptx_source(dtype: torch.dtype, gated: bool, tile: Tile) -> tuple[loader.Program, str]:
     short = ELEMENTS[dtype][1]
-    return loader.program("product.sm80", dtype=short, GATED=gated), f"product_{short}"
+    program = loader.program("product.sm80", dtype=short, GATED=gated, BLOCK_N=tile.block_n)
+    return program, f"product_{short}"
+
+
+def choose_tile(pixels: int, rows: int, depth: int, multiprocessors: int) -> Tile:
+    """The wide tile reads less of the shared memory, the narrow one makes twice the blocks."""
+
+    def cost(tile: Tile) -> float:
+        blocks = -(-pixels // BLOCK_M) * -(-rows // tile.block_n)
+        # Two blocks share a multiprocessor, one hiding the other's waits.
+        return -(-blocks // (2 * multiprocessors)) * CLOCKS[tile.block_n]
+
+    key = {"pixels": pixels, "rows": rows, "depth": depth}
+    return tuning.tile_for("product_sm80", key, lambda: TILES, cost)
 
 
 def conv2d_with(source: Source) -> Callable[..., Tensor]:
-    """ops.conv2d, without skip and upsample."""
+    """ops.conv2d, without skip and upsample; `tile` overrides the choice."""
 
     def conv2d(
         x: Tensor,
@@ -44,6 +75,7 @@ def conv2d_with(source: Source) -> Callable[..., Tensor]:
         residual: Tensor | None = None,
         skip: Tensor | None = None,
         upsample: bool = False,
+        tile: Tile | None = None,
     ) -> Tensor:
         (batch, channels, height, width), (outputs, _, r, s) = x.shape, weight.shape
         p, q = ((n + 2 * padding - t) // stride + 1 for n, t in ((height, r), (width, s)))
@@ -52,33 +84,39 @@ def conv2d_with(source: Source) -> Callable[..., Tensor]:
         out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
         tensors = (x, weight, bias, channel_bias, residual, out)
         sizes = (channels, height, width, outputs, p, q, s, r * s, stride, padding, batch * p * q)
-        return _launch(source, tensors, sizes, gated=False)
+        return _launch(source, tensors, sizes, False, tile)
 
     return conv2d
 
 
 def linear_with(source: Source) -> Callable[..., Tensor]:
-    """ops.linear."""
+    """ops.linear; `tile` overrides the choice."""
 
     def linear(
-        x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        tile: Tile | None = None,
     ) -> Tensor:
         n, k = weight.shape
         out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
         tensors = (x, weight, bias, None, residual, out)
-        return _launch(source, tensors, _as_convolution(x, n, k), gated=False)
+        return _launch(source, tensors, _as_convolution(x, n, k), False, tile)
 
     return linear
 
 
 def geglu_with(source: Source) -> Callable[..., Tensor]:
-    """ops.geglu."""
+    """ops.geglu; `tile` overrides the choice."""
 
-    def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def geglu(
+        x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: Tile | None = None
+    ) -> Tensor:
         n, k = weight.shape[0] // 2, weight.shape[1]
         out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
         tensors = (x, weight, bias, None, None, out)
-        return _launch(source, tensors, _as_convolution(x, n, k), gated=True)
+        return _launch(source, tensors, _as_convolution(x, n, k), True, tile)
 
     return geglu
 
@@ -88,18 +126,28 @@ def _as_convolution(x: Tensor, n: int, k: int) -> tuple[int, ...]:
     return (k, 1, rows, n, 1, rows, 1, 1, 1, 0, rows)
 
 
-def _launch(source: Source, tensors: tuple, sizes: tuple[int, ...], gated: bool) -> Tensor:
+def _launch(
+    source: Source, tensors: tuple, sizes: tuple[int, ...], gated: bool, tile: Tile | None
+) -> Tensor:
     """`tensors` ends with the output; `sizes` are the kernel's, from C to the pixels."""
-    out, outputs, pixels = tensors[-1], sizes[3], sizes[-1]
+    out, outputs, pixels, depth = tensors[-1], sizes[3], sizes[-1], sizes[0] * sizes[7]
+    rows = outputs * (2 if gated else 1)
+    tile = tile or choose_tile(pixels, rows, depth, _multiprocessors(out))
     if out.numel():
-        program, entry = source(out.dtype, gated)
+        program, entry = source(out.dtype, gated, tile)
         program.launch(
             entry,
-            grid=(-(-pixels // BLOCK_M), -(-outputs // (BLOCK_N // 2 if gated else BLOCK_N)), 1),
+            grid=(-(-pixels // BLOCK_M), -(-rows // tile.block_n), 1),
             block=(128, 1, 1),
             args=(*tensors, *sizes),
         )
     return out
+
+
+def _multiprocessors(t: Tensor) -> int:
+    if not t.is_cuda:
+        return CPU_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(t.device).multi_processor_count
 
 
 def supports_conv2d(call: Call) -> str | None:

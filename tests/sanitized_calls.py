@@ -7,6 +7,8 @@ value of every field. Inputs are drawn on the CPU and copied: torch launches no 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -140,10 +142,7 @@ def conv2d_hopper() -> Iterator[SanitizedCall]:
         args += (draw(2, 88), draw(2, 88, p, q))
         tiles = conv2d_sm90a.candidates(window**2 * 3, window, window, stride)
         for tile in covering(tiles):
-
-            def run(*args: Any, tile: Any = tile) -> Tensor:
-                return conv2d_sm90a.conv2d_sm90a(*args, tile=tile)
-
+            run = partial(conv2d_sm90a.conv2d_sm90a, tile=tile)
             name = f"{window}x{window} stride {stride} {tile}"
             yield SanitizedCall(name, run, reference.conv2d, args)
     for upsample in (False, True):
@@ -158,28 +157,28 @@ def linear_hopper() -> Iterator[SanitizedCall]:
     for gated in (False, True):
         args = (x, weight, draw(176)) if gated else (x, weight, draw(176), draw(300, 176))
         for tile in covering(linear_sm90a.candidates(12, gated)):
-
-            def run(*args: Any, tile: Any = tile, gated: bool = gated) -> Tensor:
-                kernel = linear_sm90a.geglu_sm90a if gated else linear_sm90a.linear_sm90a
-                return kernel(*args, tile=tile)
-
+            run = linear_sm90a.geglu_sm90a if gated else linear_sm90a.linear_sm90a
             truth = reference.geglu if gated else reference.linear
-            yield SanitizedCall(f"{'geglu' if gated else 'linear'} {tile}", run, truth, args)
+            name = f"{'geglu' if gated else 'linear'} {tile}"
+            yield SanitizedCall(name, partial(run, tile=tile), truth, args)
 
 
 def product_ampere() -> Iterator[SanitizedCall]:
-    for source in (product_sm80.cuda_source, product_sm80.ptx_source):
-        name = source.__name__.removesuffix("_source")
-        linear = (draw(150, 600), draw(88, 600, scale=0.04), draw(88), draw(150, 88))
-        run = product_sm80.linear_with(source)
-        yield SanitizedCall(f"linear {name}", run, reference.linear, linear)
-        run, gated = product_sm80.geglu_with(source), linear[:3]
-        yield SanitizedCall(f"geglu {name}", run, reference.geglu, gated)
-        for stride in (1, 2):
-            args = (draw(2, 72, 17, 13), draw(88, 72, 3, 3, scale=0.04), draw(88), stride, 1)
-            run = product_sm80.conv2d_with(source)
-            label = f"conv2d {name} stride {stride}"
-            yield SanitizedCall(label, run, reference.conv2d, args)
+    convolutions = [
+        (draw(2, 72, 17, 13), draw(88, 72, 3, 3, scale=0.04), draw(88), stride, 1)
+        for stride in (1, 2)
+    ]
+    linear = (draw(150, 600), draw(88, 600, scale=0.04), draw(88), draw(150, 88))
+    for source, tile in product(
+        (product_sm80.cuda_source, product_sm80.ptx_source), product_sm80.TILES
+    ):
+        for run, truth, args in [
+            (product_sm80.linear_with(source), reference.linear, linear),
+            (product_sm80.geglu_with(source), reference.geglu, linear[:3]),
+            *((product_sm80.conv2d_with(source), reference.conv2d, c) for c in convolutions),
+        ]:
+            name = f"{source.__name__} {truth.__name__} {tile}"
+            yield SanitizedCall(name, partial(run, tile=tile), truth, args)
 
 
 def group_norm_plans() -> Iterator[SanitizedCall]:

@@ -3,17 +3,21 @@
 // linear:  the same with a 1x1 window on one image of 1 x M pixels
 // geglu:   linear for h and gate at once, out = h * gelu(gate)
 //
-// Compiled with ELEMENT (__half, __nv_bfloat16), MMA (f16, bf16: the instruction's name for it) and
-// GATED (0, 1). For compute capability 8.0 and newer.
+// Compiled with ELEMENT (__half, __nv_bfloat16), MMA (f16, bf16: the instruction's name for it),
+// GATED (0, 1) and BLOCK_N (64, 128). For compute capability 8.0 and newer.
 //
-// The ladder:
+// The ladder; steps with a switch can be taken back, bench/sweeps/product_sm80.py times them:
 //   1. implicit matrix product: K is walked tap by tap, 32 channels at a time, so a row of the left
 //      operand is 64 contiguous bytes of one input pixel; nothing is unfolded in memory
-//   2. cp.async, which zero-fills what lies outside: padding and ragged edges cost no branch
-//   3. a ring of 4 stages: three loads are in flight while one is multiplied
-//   4. 64-byte rows, 16-byte pieces permuted by row: ldmatrix reads 8 rows without bank conflicts
-//   5. h and gate of one column in one thread: the gate never leaves its registers
-// Bound by: mma.sync, about 60 % of what wgmma reaches on Hopper.
+//   2. SWIZZLE: 64-byte rows, 16-byte pieces permuted by row, so that ldmatrix reads 8 rows without
+//      bank conflicts
+//   3. ASYNC: cp.async, which zero-fills what lies outside: padding and ragged edges cost no branch
+//   4. RING stages instead of 2: three loads are in flight while one is multiplied
+//   5. BLOCK_N 128, a warp has 64 x 64 in place of 32 x 64: a product reads 2/3 of the bytes
+//   6. h and gate of one column in one thread: the gate never leaves its registers
+// Bound by: shared memory at BLOCK_N 64. In clocks of a multiprocessor for 16 of K: 4 warps x 6
+// ldmatrix of 512 B at 128 B a clock, 96, and 6 KB of cp.async, 48: 144, where the products take 103
+// (62 % of 4096 FLOP a clock, what mma.sync reaches on Hopper). At 128: 128 + 64 = 192 of 206.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -25,11 +29,27 @@ typedef unsigned u32;
 typedef long long i64;
 using Element = ELEMENT;
 
-constexpr int BLOCK_M = 128, BLOCK_N = 64, BLOCK_K = 32, STAGES = 4, WARPS = 4;
-constexpr int COLUMNS = GATED ? BLOCK_N / 2 : BLOCK_N;  // of the output
+#ifndef SWIZZLE
+#define SWIZZLE 1
+#endif
+#ifndef ASYNC
+#define ASYNC 1
+#endif
+
+constexpr int BLOCK_M = 128, BLOCK_K = 32, WARPS = 4;
 constexpr int A_BYTES = BLOCK_M * BLOCK_K * 2, STAGE_BYTES = A_BYTES + BLOCK_N * BLOCK_K * 2;
-// 48 KiB = 4 stages x (128 + 64) rows x 64 B: what a block may have without asking
-static_assert(STAGES * STAGE_BYTES <= 48 * 1024, "shared memory");
+// 48 KiB, what a block may have without asking: 4 stages of 128 + 64 rows of 64 B, 3 of 128 + 128
+#ifdef RING
+constexpr int STAGES = RING;
+#else
+constexpr int STAGES = 48 * 1024 / STAGE_BYTES;
+#endif
+// A warp has 64 columns of the tile; GATED: 32 of h, and the same 32 of the gate.
+constexpr int WARP_N = 64, WARPS_N = BLOCK_N / WARP_N, WARPS_M = WARPS / WARPS_N;
+constexpr int M_TILES = BLOCK_M / WARPS_M / 16;        // of 16 rows
+constexpr int WARP_COLUMNS = GATED ? WARP_N / 2 : WARP_N;  // of the output
+constexpr int COLUMNS = WARP_COLUMNS * WARPS_N;
+constexpr int WEIGHTS = BLOCK_N / 32;  // rows of the weight that a thread loads
 
 struct Shape {
     int channels, height, width, outputs, rows, columns;  // C, H, W, O, P, Q
@@ -38,13 +58,22 @@ struct Shape {
 
 // Byte offset of 16-byte piece `piece` of row `row` in a tile of 64-byte rows. Two rows share 128
 // bytes, so the permutation goes by pairs of rows.
-__device__ int swizzled(int row, int piece) { return row * 64 + ((piece ^ (row >> 1 & 3)) << 4); }
+__device__ int swizzled(int row, int piece) {
+    return row * 64 + ((SWIZZLE ? piece ^ (row >> 1 & 3) : piece) << 4);
+}
 
 // 16 bytes to shared memory, or zeros.
 __device__ void load(u32 to, const Element *from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                 "r"(inside ? 16 : 0)
-                 : "memory");
+    if (ASYNC) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                     "r"(inside ? 16 : 0)
+                     : "memory");
+    } else {
+        const uint4 x = inside ? *reinterpret_cast<const uint4 *>(from) : uint4{0, 0, 0, 0};
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y),
+                     "r"(x.z), "r"(x.w)
+                     : "memory");
+    }
 }
 
 __device__ void read_matrices(u32 (&to)[4], u32 from) {
@@ -60,11 +89,11 @@ __device__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// What one thread loads of each K step: piece threadIdx % 4 of four rows of x and two of the weight.
+// What one thread loads of each K step: piece threadIdx % 4 of four rows of x, two or four of the weight.
 struct Loader {
-    const Element *x[4], *weight[2];
+    const Element *x[4], *weight[WEIGHTS];
     int h[4], w[4];  // top left tap of the row's window; h < 0 by far where there is no pixel
-    bool is_output[2];
+    bool is_output[WEIGHTS];
     int channel;  // first of the piece, in the K step's block
 
     __device__ Loader(const Element *images, const Element *weights, const Shape &s) {
@@ -77,11 +106,10 @@ struct Loader {
             w[i] = rest % s.columns * s.stride - s.padding;
             x[i] = images + (i64)image * s.height * s.width * s.channels + channel;
         }
-        for (int i = 0; i < 2; ++i) {
-            const int row = first + 32 * i;
-            int output = blockIdx.y * COLUMNS + row % COLUMNS;
+        for (int i = 0; i < WEIGHTS; ++i) {  // GATED: rows of h and of the gate by 32s
+            int output = blockIdx.y * COLUMNS + first + (GATED ? i / 2 : i) * 32;
             is_output[i] = output < s.outputs;
-            if (GATED && row >= COLUMNS) output += s.outputs;
+            if (GATED && i % 2) output += s.outputs;
             weight[i] = weights + (i64)output * s.taps * s.channels + channel;
         }
     }
@@ -96,7 +124,7 @@ struct Loader {
             const Element *from = x[i] + ((i64)y * s.width + across) * s.channels + c;
             load(to + swizzled(first + 32 * i, piece), inside ? from : x[0], inside);
         }
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < WEIGHTS; ++i) {
             const bool inside = is_channel && is_output[i];
             const Element *from = weight[i] + (i64)tap * s.channels + c;
             load(to + A_BYTES + swizzled(first + 32 * i, piece), inside ? from : weight[0], inside);
@@ -104,18 +132,19 @@ struct Loader {
     }
 };
 
-// 32 rows of a warp by all columns of the tile, one K step.
-__device__ void multiply_stage(float (&acc)[2][BLOCK_N / 8][4], u32 stage) {
+// A warp's rows and columns of the tile, one K step.
+__device__ void multiply_stage(float (&acc)[M_TILES][WARP_N / 8][4], u32 stage) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int top = warp % WARPS_M * 16 * M_TILES, left = warp / WARPS_M * WARP_N;
     for (int k = 0; k < BLOCK_K / 16; ++k) {
-        u32 a[2][4];
-        for (int m = 0; m < 2; ++m)
-            read_matrices(a[m], stage + swizzled(32 * warp + 16 * m + lane % 16, 2 * k + lane / 16));
-        for (int n = 0; n < BLOCK_N / 16; ++n) {
+        u32 a[M_TILES][4];
+        for (int m = 0; m < M_TILES; ++m)
+            read_matrices(a[m], stage + swizzled(top + 16 * m + lane % 16, 2 * k + lane / 16));
+        for (int n = 0; n < WARP_N / 16; ++n) {
             u32 b[4];  // two blocks of 8 columns, both halves of 16 channels
-            const int row = 16 * n + lane % 8 + lane / 16 * 8;
+            const int row = left + 16 * n + lane % 8 + lane / 16 * 8;
             read_matrices(b, stage + A_BYTES + swizzled(row, 2 * k + lane / 8 % 2));
-            for (int m = 0; m < 2; ++m) {
+            for (int m = 0; m < M_TILES; ++m) {
                 multiply(acc[m][2 * n], a[m], b[0], b[1]);
                 multiply(acc[m][2 * n + 1], a[m], b[2], b[3]);
             }
@@ -137,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     const u32 ring = (u32)__cvta_generic_to_shared(smem);
     const Loader loader(x, weight, s);
     const int blocks = (channels + BLOCK_K - 1) / BLOCK_K, steps = taps * blocks;
-    float acc[2][BLOCK_N / 8][4] = {};
+    float acc[M_TILES][WARP_N / 8][4] = {};
 
     // Load: a group is committed every step, empty or not, so that waiting for all but the newest
     // STAGES - 2 always means the step that comes next.
@@ -161,23 +190,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
     // Store: a thread has columns 2 (lane % 4) and the next of every 8, in rows lane / 4 and + 8
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int top = warp % WARPS_M * 16 * M_TILES, left = warp / WARPS_M * WARP_COLUMNS;
 #pragma unroll  // acc lives in registers, which have no run-time index
-    for (int m = 0; m < 2; ++m)
+    for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int pixel = blockIdx.x * BLOCK_M + 32 * warp + 16 * m + 8 * half + lane / 4;
+            const int pixel = blockIdx.x * BLOCK_M + top + 16 * m + 8 * half + lane / 4;
             if (pixel >= pixels) continue;
             const int image = pixel / (rows * columns);
 #pragma unroll
-            for (int n = 0; n < COLUMNS / 8; ++n) {
-                const int column = blockIdx.y * COLUMNS + 8 * n + lane % 4 * 2;
+            for (int n = 0; n < WARP_COLUMNS / 8; ++n) {
+                const int column = blockIdx.y * COLUMNS + left + 8 * n + lane % 4 * 2;
                 if (column >= outputs) break;
                 const i64 to = (i64)pixel * outputs + column;
                 float value[2];
                 for (int e = 0; e < 2; ++e) {
                     value[e] = acc[m][n][2 * half + e] + at(bias, column + e);
 #if GATED
-                    const float gate = acc[m][n + COLUMNS / 8][2 * half + e];
+                    const float gate = acc[m][n + WARP_COLUMNS / 8][2 * half + e];
                     value[e] *= gelu(gate + at(bias, outputs + column + e));
 #else
                     value[e] += at(channel_bias, (i64)image * outputs + column + e);
