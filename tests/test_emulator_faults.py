@@ -181,6 +181,10 @@ FAULTS = [
           "barrier-unbalanced", "barrier.cluster.wait"),
     Fault("arrivals that nobody waits for", "reverse", "    ret;",
           "    barrier.arrive 3, 512;\n    ret;", "barrier-unbalanced", "barrier.arrive 3"),
+    Fault("a warp comes to a barrier in two parts", "reverse", "    ret;",
+          "    .reg .pred %is_32;\n    setp.eq.u32 %is_32, %i, 32;\n    @%is_32 bra ALONE;\n"
+          "    barrier.arrive 3, 256;\n    ret;\nALONE:\n    barrier.sync 3, 256;\n    ret;",
+          "barrier-unbalanced", "barrier.sync 3"),
     Fault("one block does not come", "cluster_sum", "    ld.param.u64    %x, [p_x];",
           "    mov.u32 %rank, %cluster_ctarank;\n    setp.eq.u32 %is_other, %rank, 2;\n"
           "    @%is_other bra DONE;\n    ld.param.u64    %x, [p_x];", "uninitialised-shared",

@@ -8,6 +8,7 @@ class _Numbered:
 
     def __init__(self, blocks, warps):
         self.arrived = np.zeros(warps, np.int64)  # threads, by warp
+        self.came_by = np.full(warps, -1, np.int64)  # program counter, by warp
         self.due = np.zeros(blocks, np.int64)
         self.all_threads = np.ones(blocks, bool)
         self.clock = [None] * blocks
@@ -40,6 +41,8 @@ class Barriers:
         """
         state = self.numbered.setdefault(number, _Numbered(self.m.blocks, self.m.size // 32))
         block = self.m.block[lanes.sel]
+        if due is not None:
+            self._refuse_split(state, pc, lanes)
         state.arrived += np.bincount(lanes.idx >> 5, minlength=len(state.arrived))
         here, first = np.unique(block, return_index=True)
         for key, at in zip(here, first, strict=True):
@@ -58,6 +61,20 @@ class Barriers:
         self.m.shadow.tick(lanes.warps)
         self._release(state, here)
         return [] if waits else [(pc + 1, lanes)]
+
+    def _refuse_split(self, state, pc, lanes):
+        """A counted barrier takes its arrivals a warp at a time (PTX ISA, bar), so parts of a warp
+        that come by different instructions never add up; on an H200 such a block hangs."""
+        warps = lanes.idx >> 5
+        split = (state.arrived[warps] > 0) & (state.came_by[warps] != pc)
+        state.came_by[warps] = pc
+        if split.any():
+            self.m.findings.add(
+                "barrier-unbalanced", pc, lanes.thread(int(np.argmax(split))), None,
+                "the rest of this warp came to the barrier by another instruction, and arrivals "
+                "are counted a warp at a time",
+                int(split.sum()),
+            )  # fmt: skip
 
     def _collect(self, clocks, lanes, block_of_warp):
         """Join the arriving warps' clocks into the barrier's."""

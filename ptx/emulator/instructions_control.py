@@ -35,8 +35,8 @@ def trap(op):
 
 
 @instruction("brkpt", "nanosleep", "pmevent", "griddepcontrol.launch_dependents", "prefetch",
-             "prefetchu", "discard", "applypriority", "fence.acq_rel", "fence.sc", "fence", "membar",
-             "fence.proxy.tensormap::generic", "fence.proxy.alias")  # fmt: skip
+             "prefetchu", "discard", "applypriority", "fence.acq_rel", "fence.sc", "fence",
+             "membar", "fence.proxy.tensormap::generic", "fence.proxy.alias")  # fmt: skip
 def nothing(op):
     """No effect on values here: the emulator's memory is sequentially consistent, and what a
     missing fence would break is found by the race detector instead."""
