@@ -25,7 +25,7 @@ KINDS = {
     "exited-block": "shared memory of a block that has exited, or may have, is used by a peer",
     "mbarrier": "mbarrier used before its mbarrier.init is sure, or with too many arrivals",
     "tensor-map": "operand of a tensor copy is not a usable tensor map",
-    "barrier-unbalanced": "arrivals left over, a warp arriving in parts, cluster wait without arrive",
+    "barrier-unbalanced": "arrivals left over or by parts of a warp, cluster wait without arrive",
     "grid-dependency": "global memory written before griddepcontrol.wait, or no thread waits",
     "deadlock": "threads wait for something that cannot happen",
 }
