@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirage_hello.kernels import ops
-from mirage_hello.model.layers import Image, convolve, normalise
+from mirage_hello.model.layers import (
+    Image,
+    convolve,
+    fused_backend,
+    gated,
+    normalise,
+    project,
+)
 
 RESNET_EPS = 1e-5  # Stable Diffusion 1.5's values: 1e-5 in residual blocks,
 TRANSFORMER_EPS = 1e-6  # 1e-6 in the GroupNorm ahead of a transformer
@@ -65,9 +72,9 @@ class SelfAttention(nn.Module):
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        """x: normalised tokens [B, N, C]; h: the residual stream [B, N, C]."""
-        qkv = ops.linear(x, self.to_qkv.weight)
+    def forward(self, h: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """h: the residual stream [B, N, C]; norm: what comes before q, k and v."""
+        qkv = project(h, self.to_qkv, norm)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, N, H, D], no copy
         return _project(ops.attention(q, k, v), self.to_out[0], h)
 
@@ -89,8 +96,8 @@ class CrossAttention(nn.Module):
         """[B, L, context_dim] -> [B, L, 2C]."""
         return ops.linear(context, self.to_kv.weight)
 
-    def forward(self, x: Tensor, h: Tensor, keys_values: Tensor) -> Tensor:
-        q = ops.linear(x, self.to_q.weight).unflatten(-1, (self.heads, -1))
+    def forward(self, h: Tensor, norm: nn.LayerNorm, keys_values: Tensor) -> Tensor:
+        q = project(h, self.to_q, norm).unflatten(-1, (self.heads, -1))
         k, v = keys_values.unflatten(-1, (2, self.heads, -1)).unbind(2)
         return _project(ops.attention(q, k, v), self.to_out[0], h)
 
@@ -106,21 +113,21 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(channels, 2 * inner)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.geglu(x, self.proj.weight, self.proj.bias)
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return gated(x, self.proj, norm)
 
 
 class FeedForward(nn.Module):
-    """h + W2 geglu(x); the keys "0" and "2" are diffusers' (1 is its dropout)."""
+    """h + W2 geglu(norm(h)); the keys "0" and "2" are diffusers' (1 is its dropout)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         inner = 4 * channels
         self.net = nn.ModuleDict({"0": GEGLU(channels, inner), "2": nn.Linear(inner, channels)})
 
-    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, norm: nn.LayerNorm) -> Tensor:
         out = self.net["2"]
-        return ops.linear(self.net["0"](x), out.weight, out.bias, residual=h)
+        return ops.linear(self.net["0"](h, norm), out.weight, out.bias, residual=h)
 
 
 class TransformerBlock(nn.Module):
@@ -136,13 +143,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, h: Tensor, keys_values: Tensor) -> Tensor:
-        h = self.attn1(_layer_norm(h, self.norm1), h)
-        h = self.attn2(_layer_norm(h, self.norm2), h, keys_values)
-        return self.ff(_layer_norm(h, self.norm3), h)
-
-
-def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+        h = self.attn1(h, self.norm1)
+        h = self.attn2(h, self.norm2, keys_values)
+        return self.ff(h, self.norm3)
 
 
 class Transformer(nn.Module):
@@ -152,8 +155,11 @@ class Transformer(nn.Module):
     convolution is a linear over the channels, whose residual form saves the last addition.
     """
 
-    def __init__(self, channels: int, heads: int, context_dim: int, groups: int) -> None:
+    def __init__(
+        self, channels: int, heads: int, context_dim: int, groups: int, unit: int = 0
+    ) -> None:
         super().__init__()
+        self.unit = unit
         self.norm = nn.GroupNorm(groups, channels, eps=TRANSFORMER_EPS)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         block = TransformerBlock(channels, heads, context_dim)
@@ -170,10 +176,16 @@ class Transformer(nn.Module):
         h = _tokens(normalise(x, self.norm, silu=False).pixels)
         h = ops.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
         h = self.transformer_blocks[0](h, keys_values)
-        residual = _tokens(x.pixels)
-        h = ops.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias, residual=residual)
-        # channels-last again, no copy
-        return Image(h.unflatten(1, x.pixels.shape[2:]).permute(0, 3, 1, 2))
+        out = self.proj_out
+        if not self.unit or fused_backend(h) is None:
+            h = ops.linear(h, out.weight.flatten(1), out.bias, residual=_tokens(x.pixels))
+            return Image(_image(h, x))
+        return convolve(Image(_image(h, x)), out, residual=x.pixels, unit=self.unit)
+
+
+def _image(h: Tensor, like: Image) -> Tensor:
+    """[B, HW, C] -> [B, C, H, W], channels-last again: a view."""
+    return h.unflatten(1, like.pixels.shape[2:]).permute(0, 3, 1, 2)
 
 
 def _tokens(x: Tensor) -> Tensor:

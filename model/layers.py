@@ -1,8 +1,10 @@
 """Layers of the networks on the kernels: each call is fused as far as the kernels here reach.
 
 Without a gradient, in half precision and where the policy leads to the sm_90a kernels, a
-convolution normalises its input while it reads it and leaves the sums that the next GroupNorm
-needs (kernels/conv2d_fused.py); everywhere else the same layer is a chain of registry ops.
+convolution leaves the sums that the next GroupNorm needs (kernels/conv2d_fused.py), which then
+reads its input once, or not at all where the next convolution normalises what it loads; a LayerNorm
+is folded into the linear layer behind it (kernels/layer_norm_linear.py). Everywhere else the same
+layer is a chain of registry ops.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mirage_hello.kernels import conv2d_fused, ops
+from mirage_hello.kernels import conv2d_fused, group_norm_apply, layer_norm_linear, ops
 from mirage_hello.kernels.call import device_arch
 from mirage_hello.kernels.policy import current
 
@@ -25,6 +27,7 @@ HALF = (torch.bfloat16, torch.float16)
 CHANNELS = 8  # TMA moves 16 bytes: channels of a convolution come in multiples of 8
 # A backend of conv2d_fused, None for op by op, or what the policy says.
 _chosen: ContextVar[str | None] = ContextVar("fused backend", default="policy")
+_on_load: ContextVar[bool] = ContextVar("normalised on load", default=False)
 
 
 class Image(NamedTuple):
@@ -44,15 +47,25 @@ def fusing(backend: str | None) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def fused_backend(x: Tensor) -> str | None:
-    """The backend of conv2d_fused for x under the current policy; None: op by op."""
+@contextlib.contextmanager
+def normalising_on_load(on: bool) -> Iterator[None]:
+    """Within the block, convolutions normalise what they load, or leave it to a pass of its own."""
+    token = _on_load.set(on)
+    try:
+        yield
+    finally:
+        _on_load.reset(token)
+
+
+def fused_backend(x: Tensor, op: str = "conv2d") -> str | None:
+    """The backend of the fused forms of `op` under the current policy; None: op by op."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
     if (chosen := _chosen.get()) != "policy":
         return chosen
-    if x.dtype not in HALF or "ptx" not in conv2d_fused.BACKENDS:
+    if x.dtype not in HALF:
         return None
-    wish = current.get().wishes("conv2d")[0]
+    wish = current.get().wishes(op)[0]
     if not x.is_cuda:
         return "ptx" if wish == "ptx-emulated" else None
     return "ptx" if wish in ("auto", "ptx") and device_arch(x.device) == "sm_90a" else None
@@ -82,7 +95,7 @@ def convolve(
     backend = fused_backend(x.pixels)
     statistics = None
     if norm is not None:
-        statistics = _statistics(x, skip, norm) if backend else None
+        statistics = _statistics(x, skip, norm) if backend and _on_load.get() else None
         if statistics is None:
             x, skip = normalise(x, norm, skip), None
     weight, bias = (conv.weight, conv.bias) if backend is None else padded(conv)
@@ -100,18 +113,60 @@ def convolve(
 
 
 def normalise(x: Image, norm: nn.GroupNorm, skip: Image | None = None, silu: bool = True) -> Image:
-    """silu(GroupNorm(cat([x, skip]))) as one op."""
+    """silu(GroupNorm(cat([x, skip]))), of the sums where their producers left them."""
+    backend = fused_backend(x.pixels)
+    statistics = _statistics(x, skip, norm, silu) if backend else None
+    if statistics is not None:
+        apply = group_norm_apply.torch_form
+        if backend == "ptx":
+            apply = group_norm_apply.group_norm_apply
+        return Image(apply(x.pixels, statistics, skip and skip.pixels))
     pixels = x.pixels if skip is None else torch.cat([x.pixels, skip.pixels], 1)
     op = ops.group_norm_silu if silu else ops.group_norm
     return Image(op(pixels, norm.num_groups, norm.weight, norm.bias, norm.eps))
 
 
-def _statistics(x: Image, skip: Image | None, norm: nn.GroupNorm) -> conv2d_fused.Norm | None:
-    """What the convolution needs to normalise while it reads; None where a producer left none."""
+def _statistics(
+    x: Image, skip: Image | None, norm: nn.GroupNorm, silu: bool = True
+) -> conv2d_fused.Norm | None:
+    """The norm with the sums of its input; None where a producer left none."""
     if x.sums is None or (skip is not None and skip.sums is None):
         return None
     skip_sums = None if skip is None else skip.sums
-    return conv2d_fused.Norm(x.sums, norm.num_groups, norm.weight, norm.bias, skip_sums, norm.eps)
+    return conv2d_fused.Norm(
+        x.sums, norm.num_groups, norm.weight, norm.bias, skip_sums, norm.eps, silu
+    )
+
+
+def project(x: Tensor, linear: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+    """linear(layer_norm(x)), x [B, N, K]."""
+    backend = _folds(x, linear)
+    if backend is None:
+        x = ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+        return ops.linear(x, linear.weight, linear.bias)
+    folded = _folded(linear, norm)
+    if backend == "ptx":
+        return layer_norm_linear.layer_norm_linear(x, folded, eps=norm.eps)
+    return layer_norm_linear.layer_norm_linear_torch(x, folded, eps=norm.eps)
+
+
+def gated(x: Tensor, linear: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+    """geglu(layer_norm(x)), x [B, N, K]."""
+    backend = _folds(x, linear)
+    if backend is None:
+        x = ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+        return ops.geglu(x, linear.weight, linear.bias)
+    folded = _folded(linear, norm)
+    if backend == "ptx":
+        return layer_norm_linear.layer_norm_geglu(x, folded, norm.eps)
+    return layer_norm_linear.layer_norm_geglu_torch(x, folded, norm.eps)
+
+
+def _folds(x: Tensor, linear: nn.Linear) -> str | None:
+    """The kernel takes K in blocks of 64; the gate halves N."""
+    if linear.in_features % 64 or linear.out_features % 16:
+        return None
+    return fused_backend(x, "linear")
 
 
 # Weights made of weights
@@ -176,6 +231,19 @@ def padded(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
 
     made = derived(conv, (weight,) if bias is None else (weight, bias), make)
     return made[0], made[1] if len(made) > 1 else None
+
+
+def _folded(linear: nn.Linear, norm: nn.LayerNorm) -> layer_norm_linear.FoldedLinear:
+    """The LayerNorm's weights folded into the linear layer's: diag(gamma) and beta."""
+    gamma, beta, weight, bias = norm.weight, norm.bias, linear.weight, linear.bias
+    sources = (gamma, beta, weight) if bias is None else (gamma, beta, weight, bias)
+
+    def make() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            folded = layer_norm_linear.fold(gamma, beta, weight, bias)
+        return folded.weight, folded.columns
+
+    return layer_norm_linear.FoldedLinear(*derived(linear, sources, make))
 
 
 def _first_channels(x: Tensor, count: int) -> Tensor:

@@ -107,7 +107,11 @@ class MidBlock(nn.Module):
         width = config.channels[-1]
         self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(2))
         self.attentions = nn.ModuleList(
-            [Transformer(width, config.heads[-1], config.context_dim, config.groups)]
+            [
+                Transformer(
+                    width, config.heads[-1], config.context_dim, config.groups, config.sum_unit
+                )
+            ]
         )
 
 
@@ -136,7 +140,7 @@ def _resnet(config: UNetConfig, c_in: int, c_out: int) -> ResnetBlock:
 def _transformers(config: UNetConfig, level: int, count: int) -> nn.ModuleList:
     width, heads = config.channels[level], config.heads[level]
     return nn.ModuleList(
-        Transformer(width, heads, config.context_dim, config.groups)
+        Transformer(width, heads, config.context_dim, config.groups, config.sum_unit)
         for _ in range(count if config.transformers[level] else 0)
     )
 

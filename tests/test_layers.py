@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mirage_hello.kernels import conv2d_fused
+from mirage_hello.kernels import conv2d_fused, use
 from mirage_hello.model import Autoencoder, AutoencoderConfig, UNetConfig, VideoUNet, layers
 from mirage_hello.model.layers import Image, convolve
 
@@ -22,8 +22,9 @@ def unet_inputs(h: int, w: int) -> tuple[torch.Tensor, ...]:
     return image(1, 28, h, w), torch.tensor([40.0]), torch.randn(1, 5, 24)
 
 
+@pytest.mark.parametrize("on_load", [False, True])
 @pytest.mark.parametrize("size", [(8, 12), (9, 5)])
-def test_a_fused_unet_is_the_plain_one(size, monkeypatch) -> None:
+def test_a_fused_unet_is_the_plain_one(size, on_load, monkeypatch) -> None:
     unet, args, calls = VideoUNet(CONFIG).eval(), unet_inputs(*size), []
     original = conv2d_fused.conv2d_fused
     monkeypatch.setattr(
@@ -32,11 +33,29 @@ def test_a_fused_unet_is_the_plain_one(size, monkeypatch) -> None:
     with torch.no_grad():
         plain = unet(*args)
         assert not calls
-        with layers.fusing("torch"):
+        with layers.fusing("torch"), layers.normalising_on_load(on_load):
             fused = unet(*args)
-    assert any(kw["norm"] is not None for kw in calls) and any(kw["unit"] for kw in calls)
+    assert any(kw["norm"] is not None for kw in calls) == on_load
+    assert any(kw["unit"] for kw in calls)
     assert fused.shape == plain.shape and fused.dtype == plain.dtype
     torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4 * plain.std().item())
+
+
+def test_the_emulated_kernels_make_the_same_unet() -> None:
+    """Every fused kernel in the U-Net's own order: error at most twice the plain bfloat16's."""
+    unet, args = VideoUNet(CONFIG).eval(), unet_inputs(8, 8)
+    half = [args[0].bfloat16(), args[1], args[2].bfloat16()]
+    with torch.no_grad():
+        truth = unet(*args)
+        unet = unet.bfloat16()
+        plain = unet(*half)
+        with use("ptx-emulated"):
+            fused = unet(*half)
+
+    def error(out: torch.Tensor) -> float:
+        return ((out.float() - truth).norm() / truth.norm()).item()
+
+    assert error(fused) <= 2 * error(plain)
 
 
 def test_a_fused_autoencoder_is_the_plain_one() -> None:

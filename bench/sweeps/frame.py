@@ -25,6 +25,7 @@ LIMIT_S = 120
 FRAMES = 300
 VARIANTS = {
     "all": (),
+    "normalised on load": (lambda: layers.normalising_on_load(True),),
     "without overlap": (programmatic.without_overlap,),
     "op by op": (lambda: layers.fusing(None),),
 }
