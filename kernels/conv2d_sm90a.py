@@ -22,6 +22,10 @@ SHAPES += [(2, 192), (2, 256), (1, 256), (1, 192)]
 # Columns of a tile without spills, by consumer warpgroups beside the normalising one
 NORM_WIDEST = {1: 256, 2: 192, 3: 128}
 
+# A block merges the sums of a group with 4 threads, 8 loads in flight each. More rounds than these
+# take longer than a kernel of their own (some 700 clocks a round; not measured).
+MERGED_AT_ONCE, MERGE_ROUNDS = 32, 6
+
 # Where a sweep on an H200 found a better tile than the estimate, by choose_tile's arguments.
 MEASURED = {
     (1, 16, 16, 1280, 180, 3, 3, 1): Tile(2, 96, 4, patch=True),  # 16.9 us; 64x80 split 2: 18.2
@@ -76,6 +80,7 @@ def conv2d_fused_sm90a(
     grid_p, grid_q = (height, width) if upsample else (p, q)
     shape = (batch * up**2, grid_p, grid_q, outputs, blocks, r, s, stride)
     tile = tile or choose_tile(*shape, unit, 0 if norm is None else norm.groups)
+    norm = norm and _merged_early(norm, x)
     table_bytes = tile.table_bytes(batch, blocks, r * s, norm.groups) if norm else 0
     tile = tile.fitted(tile.share(blocks), r, s, table_bytes)
     rows = 8 * tile.warpgroups
@@ -108,6 +113,27 @@ def conv2d_fused_sm90a(
     return out, sums
 
 
+def merge_sums(sums: Tensor) -> Tensor:
+    """sums [B, S, U, 4] merged over their parts: [B, 1, U, 4]."""
+    batch, parts, units, _ = sums.shape
+    out = torch.empty((batch, 1, units, 4), device=sums.device)
+    merge = loader.program("merge_sums")
+    merge.launch("merge_sums", grid=(units, batch), block=(128,), args=(sums, out, parts))
+    return out
+
+
+def _merged_early(norm: "Norm", x: Tensor) -> "Norm":
+    """A norm with few enough parts that every block can merge them itself."""
+    group_units = norm.weight.numel() // norm.groups * norm.sums.shape[2] // x.shape[1]
+    most = MERGE_ROUNDS * MERGED_AT_ONCE // group_units
+
+    def few(sums: Tensor) -> Tensor:
+        return sums if sums.shape[1] <= max(most, 1) else merge_sums(sums)
+
+    of_skip = None if norm.skip_sums is None else few(norm.skip_sums)
+    return replace(norm, sums=few(norm.sums), skip_sums=of_skip)
+
+
 def _norm_args(norm: "Norm", x: Tensor, skip: Tensor | None, images: int) -> tuple[Any, ...]:
     """What ptx/normalise.j2 reads: the sums and how a group's entries follow each other."""
     _, parts, units, _ = norm.sums.shape
@@ -120,7 +146,7 @@ def _norm_args(norm: "Norm", x: Tensor, skip: Tensor | None, images: int) -> tup
         most = max(parts, skip_parts)
     width = norm.weight.numel() // norm.groups
     group_units = width * units // x.shape[1]
-    rounds = -(-most * group_units // 16)
+    rounds = -(-most * group_units // MERGED_AT_ONCE)
     magic = -(-(2**32) // width)
     return (
         norm.sums, parts, units, *of_skip, norm.weight, norm.bias, norm.groups, group_units,

@@ -158,6 +158,18 @@ def test_emulated_norm_kinds(dtype, window, groups, options):
     check_output(args, conv2d_fused_sm90a(*args, norm=norm, tile=PATCH)[0], norm=norm)
 
 
+def test_emulated_norm_of_many_parts():
+    """More parts than a block merges itself, some of them empty."""
+    args = inputs(2, 40, 9, 9, 32)[:5]
+    norm = norm_of(args[0], 4)
+    parts = norm.sums / torch.tensor([70.0, 1.0, 70.0, 1.0])
+    parts = parts.repeat(1, 70, 1, 1).clone()
+    parts = torch.cat([parts, parts * torch.tensor([0.0, 1.0, 0.0, 0.0])], 1)
+    many = replace(norm, sums=parts)
+    out, _ = conv2d_fused_sm90a(*args, norm=many, tile=PATCH)
+    check_output(args, out, norm=norm)
+
+
 def test_emulated_chain():
     """What one convolution leaves, the next one reads: a residual block."""
     first = inputs(1, 40, 9, 9, 40)
