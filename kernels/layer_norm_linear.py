@@ -101,15 +101,23 @@ def layer_norm_geglu(
     folded: FoldedLinear,
     eps: float = 1e-5,
     tile: linear_sm90a.Tile | None = None,
+    out_scale: float | None = None,
 ) -> Tensor:
     """out = h gelu(gate), (h, gate) the halves of linear(layer_norm(x)).
 
-    Args, Raises, Numerics: as layer_norm_linear; folded.weight is [2N, K].
+    Args:
+        x, eps, tile: as of layer_norm_linear.
+        folded: of `fold`, of a weight [2N, K].
+        out_scale: None, or the scale of an e4m3 output for linear_fp8 (its `x_scale`): the
+            float32 values are divided by it and rounded once, saturated; N a multiple of 16.
 
     Returns:
-        [..., N], x's dtype.
+        [..., N], x's dtype, or float8_e4m3fn with out_scale.
+
+    Raises, Numerics: as layer_norm_linear.
     """
-    return linear_sm90a.normed("geglu", x, folded.weight, folded.columns, None, eps, tile)
+    columns = folded.columns
+    return linear_sm90a.normed("geglu", x, folded.weight, columns, None, eps, tile, out_scale)
 
 
 def layer_norm_linear_torch(

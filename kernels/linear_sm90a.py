@@ -40,8 +40,11 @@ def normed(
     residual: Tensor | None,
     eps: float,
     tile: Tile | None = None,
+    out_scale: float | None = None,
 ) -> Tensor:
     """linear or geglu of rstd (x weight^T - mean s) + b; columns: [N, 2] float32, (s, b).
+
+    out_scale: the output is e4m3(value / out_scale); without residual.
 
     Raises:
         ValueError: K not a multiple of 64, or what `supports` refuses of linear.
@@ -53,7 +56,12 @@ def normed(
             f"(got x {tuple(x.shape)}, weight {tuple(weight.shape)}); use layer_norm, then {op}"
         )
     _check(f"layer_norm_{op}", op, x, weight, columns, residual, 8)
-    return _launch(op, x, weight, columns, residual, tile, (1.0 / depth, eps))
+    if out_scale is not None and (residual is not None or len(columns) % 32 or out_scale <= 0):
+        raise ValueError(
+            f"layer_norm_{op}: e4m3 output needs N a multiple of 16, no residual and a scale above "
+            f"0 (got weight {tuple(weight.shape)}, scale {out_scale})"
+        )
+    return _launch(op, x, weight, columns, residual, tile, (1.0 / depth, eps), out_scale)
 
 
 def scaled(
@@ -105,19 +113,21 @@ def _launch(
     residual: Tensor | None,
     tile: Tile | None,
     statistics: tuple[float, ...] = (),
+    out_scale: float | None = None,
 ) -> Tensor:
     """`vector`: the bias, or (factor, addend) of each column; `statistics`: of layer_norm."""
     gated, norm, fp8 = op == "geglu", bool(statistics), x.dtype == torch.float8_e4m3fn
     n = weight.shape[0] // 2 if gated else weight.shape[0]
-    dtype = torch.bfloat16 if fp8 else x.dtype
+    quantised = out_scale is not None
+    dtype = torch.float8_e4m3fn if quantised else torch.bfloat16 if fp8 else x.dtype
     out = torch.empty(*x.shape[:-1], n, dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out
     rows, depth = out.numel() // n, weight.shape[1]
     per_block = 128 // x.element_size()
     blocks = -(-depth // per_block)
-    tile = tile or choose_tile(op, rows, n, blocks, norm, fp8)
-    problem = tile.problem(gated, norm)
+    tile = tile or choose_tile(op, rows, n, blocks, norm, fp8, quantised)
+    problem = tile.problem(gated, norm, quantised)
     if problem or blocks < tile.split:
         problem = problem or f"{blocks} K blocks cannot be split over {tile.split}"
         raise ValueError(f"{op}: {tile}: {problem}; choose another tile")
@@ -135,28 +145,41 @@ def _launch(
     tensors = (vector, out) if residual is None else (vector, residual, out)
     tiles_x = -(-rows // tile.block_m)
     tiles = tiles_x * -(-n // columns)
-    short = SHORT_NAME[x.dtype]
-    stages = tile.stages or 1
-    program(op, tile, short, norm, residual is not None).launch(
-        f"{op}_norm_{short}" if norm else f"{op}_{short}",
+    short, name = SHORT_NAME[x.dtype], op + ("_norm" if norm else "")
+    if out_scale is not None:
+        name, statistics = f"{name}_to_e4m3", (*statistics, 1.0 / out_scale)
+    options = norm or fp8, residual is not None, quantised
+    program(op, tile, short, norm, *options[1:]).launch(
+        f"{name}_{short}",
         grid=(tile.grid(tiles),),
         block=(tile.threads,),
         args=(*maps, *tensors, n, rows, blocks, tiles, tiles_x, *statistics),
-        smem_bytes=tile.layout(stages, gated, norm or fp8, residual is not None)["BYTES"],
+        smem_bytes=tile.layout(tile.stages or 1, gated, *options)["BYTES"],
     )
     return out
 
 
 def program(
-    op: str, tile: Tile, dtype: str, norm: bool = False, residual: bool = False
+    op: str,
+    tile: Tile,
+    dtype: str,
+    norm: bool = False,
+    residual: bool = False,
+    quantised: bool = False,
 ) -> loader.Program:
     """The program of a fitted tile."""
-    variables = tile.variables(op == "geglu", norm or dtype == "e4m3", residual)
+    variables = tile.variables(op == "geglu", norm or dtype == "e4m3", residual, quantised)
     return loader.program("linear.sm90a", OP=op, dtype=dtype, NORM=norm, **variables)
 
 
 def choose_tile(
-    op: str, rows: int, n: int, blocks: int, norm: bool = False, fp8: bool = False
+    op: str,
+    rows: int,
+    n: int,
+    blocks: int,
+    norm: bool = False,
+    fp8: bool = False,
+    quantised: bool = False,
 ) -> Tile:
     """The measured tile of this shape, else the one with the least estimated time (docs/linear.md).
 
@@ -164,19 +187,21 @@ def choose_tile(
         op: linear or geglu.
         rows, n: of the output.
         blocks: K blocks of 128 bytes.
-        norm, fp8: of the variants, which are tuned under names of their own.
+        norm, fp8, quantised: of the variants, which are tuned under names of their own.
     """
     gated = op == "geglu"
-    name = f"layer_norm_{op}" if norm else "linear_fp8" if fp8 else op
+    name = (f"layer_norm_{op}" if norm else op) + ("_fp8" if fp8 else "")
     return tuning.tile_for(
-        name,
+        name + ("_to_e4m3" if quantised else ""),
         {"m": rows, "n": n, "blocks": blocks},
-        lambda: candidates(blocks, gated, norm),
+        lambda: candidates(blocks, gated, norm, quantised),
         lambda tile: tile.clocks(rows, n, blocks, gated),
     )
 
 
-def candidates(blocks: int, gated: bool = False, norm: bool = False) -> list[Tile]:
+def candidates(
+    blocks: int, gated: bool = False, norm: bool = False, quantised: bool = False
+) -> list[Tile]:
     """Every tile whose registers and shared memory fit."""
     found = []
     for block_n in WIDTHS:
@@ -184,7 +209,8 @@ def candidates(blocks: int, gated: bool = False, norm: bool = False) -> list[Til
         tiles += [Tile(1, block_n, blocks_per_sm=2), Tile(2, block_n, blocks_per_sm=2)]
         tiles += [Tile(2, block_n, m, pingpong=True) for m in (1, 2)]
         tiles += [Tile(g, block_n, split=s) for g in (1, 2) for s in range(2, min(blocks, 8) + 1)]
-        found += [t for t in tiles if not t.problem(gated, norm) and _fits(t, blocks, gated, norm)]
+        tiles = [t for t in tiles if not t.problem(gated, norm, quantised)]
+        found += [t for t in tiles if _fits(t, blocks, gated, norm)]
     return found
 
 

@@ -58,7 +58,7 @@ class Tile:
         """Columns of the output that one block stores."""
         return self.block_n // 2 if gated else self.block_n // self.split
 
-    def problem(self, gated: bool, norm: bool = False) -> str | None:
+    def problem(self, gated: bool, norm: bool = False, quantised: bool = False) -> str | None:
         """Why the kernel does not have this tile; None if it does."""
         if self.pingpong and (self.groups != 2 or self.split != 1):
             return "pingpong needs two warpgroups and no split"
@@ -66,6 +66,8 @@ class Tile:
             return "geglu, layer_norm and m_tiles of 2 do not split K"
         if self.block_n % (16 if gated else 8 * self.split) or not 16 <= self.block_n <= 256:
             return "block_n must be 16 to 256, whole octets for each block of the cluster"
+        if quantised and self.width(gated) // self.parts(gated) % 16:
+            return "strips of e4m3 must be whole 16 bytes wide"
         # What is left of 65536 registers beside the accumulators: about 48, with statistics 70.
         limit = REGISTERS.get((self.blocks_per_sm, self.groups), 0)
         needed = self.m_tiles * self.block_n // 2 + (70 if norm else 48)
@@ -73,11 +75,18 @@ class Tile:
             return f"a thread needs about {needed} registers and may have {limit}"
         return None
 
-    def layout(self, stages: int, gated: bool, factors: bool, residual: bool) -> dict[str, int]:
+    def parts(self, gated: bool) -> int:
+        """Strips of 16 rows that a warp stores after one another."""
+        width = self.width(gated)
+        return 1 if width <= 112 else 2 if width <= 192 else 4
+
+    def layout(
+        self, stages: int, gated: bool, factors: bool, residual: bool, quantised: bool = False
+    ) -> dict[str, int]:
         """Where the slices, strips, vectors and barriers lie; BYTES: all of the shared memory."""
         width, warps = self.width(gated), 4 * self.groups
-        parts = 1 if width <= 112 else 2 if width <= 192 else 4
-        strips = 16 * (2 * width // parts + 16) * (parts * self.m_tiles if residual else 1)
+        parts, size = self.parts(gated), 1 if quantised else 2
+        strips = 16 * (size * width // parts + 16) * (parts * self.m_tiles if residual else 1)
         vectors = (self.block_n if gated else width) * (8 if factors else 2)
         staged = 256 * self.groups * self.block_n if self.split > 1 else 0
         received = max(stages * 128 * (self.block_m + self.block_n), staged)
@@ -109,10 +118,12 @@ class Tile:
             f"{self}: a block may have {room} bytes of shared memory; use a smaller tile"
         )
 
-    def variables(self, gated: bool, factors: bool, residual: bool) -> dict[str, int | bool]:
+    def variables(
+        self, gated: bool, factors: bool, residual: bool, quantised: bool = False
+    ) -> dict[str, int | bool]:
         """Template variables of a fitted tile."""
         assert self.stages is not None
-        places = self.layout(self.stages, gated, factors, residual)
+        places = self.layout(self.stages, gated, factors, residual, quantised)
         del places["BYTES"]
         return {
             "GROUPS": self.groups,
@@ -123,6 +134,7 @@ class Tile:
             "STAGES": self.stages,
             "BLOCKS_PER_SM": self.blocks_per_sm,
             "RESIDUAL": residual,
+            "QUANTISE": quantised,
             **places,
         }
 

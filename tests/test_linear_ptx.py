@@ -157,6 +157,23 @@ def test_emulated_layer_norm(op, tile, mean):
     assert result.passed, result
 
 
+@pytest.mark.parametrize("tile", [None, Tile(2, 160, 2, pingpong=True), Tile(1, 64)])
+def test_emulated_layer_norm_geglu_to_e4m3(tile):
+    """Values that e4m3 holds are those of the bfloat16 output; what is too large saturates."""
+    x, gamma, beta, weight, bias = normed_inputs("geglu", 150, 128, 112, 0.0)
+    folded = layer_norm_linear.fold(gamma, beta, weight, bias)
+    wide = layer_norm_linear.layer_norm_geglu(x.half(), folded_half(folded), tile=tile).float()
+    for scale in (wide.abs().max().item() / 448, wide.abs().max().item() / 4480):
+        out = layer_norm_linear.layer_norm_geglu(x, folded, tile=tile, out_scale=scale)
+        expected = (wide / scale).clamp(-448, 448)
+        assert out.dtype == torch.float8_e4m3fn
+        assert ((out.float() - expected).norm() / expected.norm()) < 0.04
+
+
+def folded_half(folded):
+    return layer_norm_linear.FoldedLinear(folded.weight.half(), folded.columns)
+
+
 def test_layer_norm_of_a_row_far_from_zero():
     """|mean| = 1000 std: what x W'^T and mean s leave of each other is still right."""
     x, gamma, beta, weight, bias = normed_inputs("geglu", 70, 128, 16, 0.0, torch.float16)
