@@ -25,9 +25,12 @@ class Tile:
 
     maximum: "exact", "conditional" or "lazy"; see the header of the source.
     headroom: powers of two by which a score may exceed the maximum in force.
+    ping_pong: the warpgroups take turns at issuing products, each passing on when its own are
+        issued ("issue") or its scores are there ("scores"); "": they do not.
     poly: how many of every 8 exponentials run as polynomials on the FMA units.
     q_registers: Q is read from registers, not from shared memory, by its products.
     v_turned: V is turned by a kernel before this one, not for each block of queries.
+    promote: P V of each block is summed in float32, not in wgmma's short accumulator.
     """
 
     warpgroups: int
@@ -35,10 +38,11 @@ class Tile:
     stages: int
     maximum: str = "conditional"
     headroom: int = 4
-    ping_pong: bool = False
+    ping_pong: str = ""
     poly: int = 0
     q_registers: bool = False
     v_turned: bool = False
+    promote: bool = True
 
     def smem_bytes(self, head_dim: int) -> int:
         """Q rows, as wide as the bfloat16 output; K, V^T and V of each stage; barriers."""
@@ -59,6 +63,7 @@ class Tile:
             POLY=self.poly,
             Q_REGISTERS=self.q_registers,
             V_TURNED=self.v_turned,
+            PROMOTE=self.promote,
         )
 
 
