@@ -7,6 +7,9 @@ a microsecond to move, and the network always finds the newest output in the sam
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -75,6 +78,17 @@ class ContextMemory:
         keeps long runs from drifting (GameNGen 2024, section 3.2.1; DIAMOND 2024).
         """
         return ops.add_noise(torch.cat([self.history, self.sink], 1), noise, 1.0, level)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """What happens to the memory within the block is forgotten."""
+        state = (self.history, self.sink, self.count)
+        before = [t.clone() for t in state]
+        try:
+            yield
+        finally:
+            for buffer, value in zip(state, before, strict=True):
+                buffer.copy_(value)
 
     @torch.no_grad()
     def reset(self, cut: Tensor | None = None) -> None:

@@ -50,7 +50,7 @@ class Launch:
             blocks = "x".join(str(n) for n in self.grid)
             threads = self.block[0] * (self.block[1] if len(self.block) > 1 else 1)
             size = f"{blocks} blocks of {threads}, {self.smem_bytes / 1024:.0f} KiB"
-        return f"{self.where:44} {self.name:34} {size:34} {shapes}"
+        return f"{self.name:24} {size:34} {shapes:60} {self.where}"
 
 
 @dataclass
@@ -77,6 +77,15 @@ class Record:
         ended = [b for b in self.buffers if b.end is not None]
         changes = [(b.begin, b.nbytes) for b in ended] + [(b.end or 0, -b.nbytes) for b in ended]
         return max(itertools.accumulate((n for _, n in sorted(changes)), initial=0))
+
+    def __str__(self) -> str:
+        lines = [f"{i:4} {launch}".rstrip() for i, launch in enumerate(self.launches)]
+        shared = sum(b.nbytes for b in self.buffers if b.end is not None)
+        return "\n".join(lines) + (
+            f"\n{len(self.launches)} launches; arena {place(self.buffers) / MIB:.1f} MiB for "
+            f"{len(self.buffers)} buffers of {shared / MIB:.1f} MiB, at most "
+            f"{self.peak_bytes / MIB:.1f} MiB alive at once"
+        )
 
 
 def place(buffers: Sequence[Buffer]) -> int:
@@ -115,7 +124,9 @@ class Plan:
         device: where it runs.
         modules: name -> module, for the names of the launches.
         graph: capture a CUDA graph; default: on CUDA.
-    Attributes: launches; arena_bytes; peak_bytes (the most alive at once); graph.
+        arena: False: leave the buffers to torch's allocator, and record nothing. For functions
+            that torch.compile made: they do not compile while their operations are watched.
+    Attributes: record, launches; arena_bytes; graph.
     Raises:
         RuntimeError: the function does not allocate the same at every call.
     """
@@ -126,20 +137,25 @@ class Plan:
         device: torch.device,
         modules: Mapping[str, nn.Module] | None = None,
         graph: bool | None = None,
+        arena: bool = True,
     ) -> None:
         self._function, self._device = function, device
         self.graph: torch.cuda.CUDAGraph | None = None
-        on_cuda = device.type == "cuda"
+        self._arena: Tensor | None = None
+        self.record = Record()
         with torch.no_grad(), _side_stream(device):
             function()  # builds kernels, lets libraries choose, fills caches: no part of the plan
-            self._record = recorded(function, device, modules or {})
-        self.launches = self._record.launches
-        self.peak_bytes = self._record.peak_bytes
-        self.arena_bytes = place(self._record.buffers)
-        if on_cuda:
-            torch.cuda.empty_cache()  # what the recording needed, before the arena takes its place
-        self._arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=device)
-        if on_cuda if graph is None else graph:
+            if arena:
+                self.record = recorded(function, device, modules or {})
+            else:
+                function()
+        self.launches = self.record.launches
+        self.arena_bytes = place(self.record.buffers)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what the runs needed, before the arena takes its place
+        if arena:
+            self._arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=device)
+        if device.type == "cuda" if graph is None else graph:
             self._capture()
 
     def run(self) -> None:
@@ -147,26 +163,24 @@ class Plan:
         if self.graph is not None:
             self.graph.replay()
         else:
-            with torch.no_grad(), _Served(self._record, self._arena):
+            with torch.no_grad(), self._served():
                 self._function()
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         # thread_local: another stream's thread may go on allocating meanwhile.
         capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
-        with torch.no_grad(), capture, _Served(self._record, self._arena):
+        with torch.no_grad(), capture, self._served():
             self._function()
         self.graph = graph
 
+    def _served(self) -> contextlib.AbstractContextManager[Any]:
+        if self._arena is None:
+            return contextlib.nullcontext()
+        return _Served(self.record, self._arena)
+
     def __str__(self) -> str:
-        lines = [f"{i:4} {launch}".rstrip() for i, launch in enumerate(self.launches)]
-        shared = sum(b.nbytes for b in self._record.buffers if b.end is not None)
-        lines.append(
-            f"{len(self.launches)} launches; arena {self.arena_bytes / MIB:.1f} MiB for "
-            f"{len(self._record.buffers)} buffers of {shared / MIB:.1f} MiB, at most "
-            f"{self.peak_bytes / MIB:.1f} MiB alive at once"
-        )
-        return "\n".join(lines)
+        return str(self.record)
 
 
 def recorded(

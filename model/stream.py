@@ -27,7 +27,7 @@ from mirage_hello.model.deltas import Delta, Deltas
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.frame import frame as run_frame
 from mirage_hello.model.frame_buffers import IN_FLIGHT, FrameBuffers, check_frame
-from mirage_hello.model.plan import Plan
+from mirage_hello.model.plan import Plan, Record, recorded
 from mirage_hello.model.samplers import Sampler, euler, one_step
 from mirage_hello.model.settings import Settings, prepare
 
@@ -46,6 +46,7 @@ class FrameStream(LiveControls):
         dtype, device: default: the model's.
         policy: which kernels (see `kernels.use`); None: what the scope of `push` says.
         graph: make a plan with a CUDA graph; default: on CUDA.
+        arena: whether the plan places the kernels' buffers (see `Plan`).
         seed: of the noise. The same seed, frames and settings give the same output.
         strength: in (0, 1]. 1 starts from pure noise; less starts from the input frame with less
             noise (Meng et al., "SDEdit", 2022), so that more of it is kept.
@@ -72,6 +73,7 @@ class FrameStream(LiveControls):
         device: torch.device | str | None = None,
         policy: Any = None,
         graph: bool | None = None,
+        arena: bool = True,
         seed: int = 0,
         strength: float = 1.0,
         history_noise: float = 0.05,
@@ -89,7 +91,7 @@ class FrameStream(LiveControls):
         self.autoencoder = autoencoder.to(self.device, self.dtype).eval()
         self.steps = steps
         self.sampler = sampler or (one_step if steps == 1 else euler)
-        self._planned = on_cuda if graph is None else graph
+        self._planned, self._arena = on_cuda if graph is None else graph, arena
         self._policy, self._seed = policy, seed
         self._generator = torch.Generator(self.device).manual_seed(seed)
         self._stream = torch.cuda.Stream(self.device) if on_cuda else None
@@ -278,6 +280,19 @@ class FrameStream(LiveControls):
         """The plan of the current size; None before the first frame, and without a graph."""
         return None if self._buffers is None else self._buffers.plan
 
+    def record(self) -> Record:
+        """Every launch and buffer of a frame of the current size: the plan's, or one run's."""
+        with self._lock:
+            buffers = self._buffers
+            if buffers is None:
+                raise RuntimeError("record: the size is not known yet; give size=, or push a frame")
+            if buffers.plan is not None:
+                return buffers.plan.record
+            modules = {"denoiser": self.denoiser, "autoencoder": self.autoencoder}
+            with self._running(), self._scope(), buffers.memory.kept():
+                self._frame(buffers)  # builds kernels and fills caches
+                return recorded(lambda: self._frame(buffers), self.device, modules)
+
     def _of_size(self, height: int, width: int) -> FrameBuffers:
         size = (height, width)
         if self._buffers is None or self._buffers.size != size:
@@ -296,22 +311,18 @@ class FrameStream(LiveControls):
     def _make_plan(self, buffers: FrameBuffers) -> None:
         modules = {"denoiser": self.denoiser, "autoencoder": self.autoencoder}
         with self._scope():
-            buffers.plan = Plan(lambda: self._frame(buffers), self.device, modules)
+            buffers.plan = Plan(
+                lambda: self._frame(buffers), self.device, modules, arena=self._arena
+            )
         buffers.policy = self._wanted()
         buffers.memory.reset()  # the runs that made the plan were no part of the stream
 
     def _plan_again(self, buffers: FrameBuffers) -> None:
         """Another plan for the same buffers; the memory stays. After a failure the next frame
         tries again."""
-        memory = buffers.memory
-        state = (memory.history, memory.sink, memory.count)
-        kept = [t.clone() for t in state]
         buffers.plan = buffers.policy = None
-        try:
+        with buffers.memory.kept():
             self._make_plan(buffers)
-        finally:
-            for buffer, value in zip(state, kept, strict=True):
-                buffer.copy_(value)
 
     def _prepare(self, controls: Controls) -> Settings:
         with self._scope():

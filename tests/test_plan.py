@@ -19,6 +19,7 @@ from mirage_hello.model import FrameStream, budget, layers
 from mirage_hello.model import stream as stream_module
 from mirage_hello.model.plan import Buffer, Plan, Record, place
 from mirage_hello.ptx import loader
+from mirage_hello.tools import cli
 
 CPU = torch.device("cpu")
 
@@ -66,7 +67,7 @@ def test_a_chain_takes_two_buffers() -> None:
         out.copy_(y)
 
     plan = Plan(chain, CPU)
-    assert plan.peak_bytes == 8000 and plan.arena_bytes == 8192
+    assert plan.record.peak_bytes == 8000 and plan.arena_bytes == 8192
     out.zero_()
     plan._arena.fill_(255)
     plan.run()
@@ -141,6 +142,13 @@ def test_watching_ends_with_its_block() -> None:
     with use("ptx-emulated"):
         ops.silu(torch.randn(8))
     assert seen == ["silu_f32"]
+
+
+def test_without_an_arena_nothing_is_watched() -> None:
+    out = torch.zeros(4)
+    plan = Plan(lambda: out.add_(torch.empty(4).fill_(1)), CPU, arena=False)
+    plan.run()
+    assert torch.equal(out, torch.full((4,), 3.0)) and plan.launches == []
 
 
 # Frames
@@ -328,3 +336,18 @@ def test_the_plans_unet_is_the_streams(device: torch.device) -> None:
     assert "denoiser.unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1" in names
     assert "autoencoder.encoder" in names and "frame" in names
     assert UNET.sum_unit == 4
+
+
+def test_mirage_explain_frame(capsys) -> None:
+    import json
+
+    arguments = ["explain", "frame", "--device", "cpu", "--size", "32x24"]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "denoiser.unet.mid_block.resnets.0" in text
+    assert "launches; arena" in text
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["launches"]) > 100 and found["peak_bytes"] <= found["arena_bytes"]
+    assert cli.main([*arguments, "--shape", "1,2"]) == 2
+    assert "takes --preset" in capsys.readouterr().err

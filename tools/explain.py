@@ -1,4 +1,7 @@
-"""`mirage explain OP`: each candidate kernel for a call, which one is chosen, and the reasons."""
+"""`mirage explain OP`: each candidate kernel for a call, which one is chosen, and the reasons.
+
+`mirage explain frame` is explain_frame.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import argparse
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from mirage_hello.tools import arguments, terminal
+from mirage_hello.tools import arguments, explain_frame, terminal
 from mirage_hello.tools.errors import BadInput, unknown_name
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ EXAMPLES = """\
   mirage explain attention --shape 1,4096,8,40 --shape 1,77,8,40     cross-attention
   mirage explain group_norm_silu --shape 1,320,64,64 --set groups=32 --channels-last
   mirage explain silu --backend ptx                                  would ptx run here?
+  mirage explain frame --preset 880m --size 512x512                  every launch of a frame
 """
 
 
@@ -27,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     parser = arguments.add_parser(
         subparsers, "explain", "every kernel of an op, and why it can or cannot run", EXAMPLES
     )
-    parser.add_argument("op", metavar="OP", help="an op's name, such as attention")
+    parser.add_argument("op", metavar="OP", help="an op's name, such as attention, or frame")
     parser.add_argument(
         "--shape",
         action="append",
@@ -44,17 +48,20 @@ def add_parser(subparsers: Any) -> None:
         help="a parameter that is a number, such as groups=32",
     )
     parser.add_argument("--channels-last", action="store_true", help="store 4-d tensors as NHWC")
-    parser.add_argument("--dtype", default="float32", help="fp32 (default), fp16 or bf16")
+    parser.add_argument("--dtype", help="fp32, fp16 or bf16 (default: fp32; a frame on a GPU bf16)")
     parser.add_argument("--backend", default="auto", help=arguments.BACKEND_HELP)
     arguments.add_device(parser)
+    explain_frame.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from mirage_hello.kernels import explain, ops, use
 
+    if args.op == "frame":
+        return explain_frame.run(args)
     if args.op not in ops:
         raise BadInput(unknown_name("op", args.op, dir(ops)))
-    device, dtype = arguments.device(args.device), arguments.dtype(args.dtype)
+    device, dtype = arguments.device(args.device), arguments.dtype(args.dtype or "fp32")
     op = getattr(ops, args.op)
     values = _call(op, device, dtype, args)
     try:
