@@ -39,7 +39,7 @@ test: $(VENV)/installed-test
 # can end that, and xdist starts another (see tests/conftest.py).
 GPU_JOBS ?= 6
 test-gpu: $(VENV)/installed-test
-	@$(VENV)/bin/pytest -m gpu --numprocesses=$(GPU_JOBS) --timeout=120 --timeout-method=thread \
+	@$(VENV)/bin/pytest -m gpu --numprocesses=$(GPU_JOBS) --timeout=60 --timeout-method=thread \
 		--max-worker-restart=20 $(GPU_FLAGS)
 
 sanitize: $(VENV)/installed-test

@@ -26,6 +26,21 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ.setdefault("MIRAGE_CACHE", str(tmp_path_factory.mktemp("kernel-cache")))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "gpu" and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SaysFailuresAtOnce())
+
+
+class SaysFailuresAtOnce:
+    """On a GPU a kernel that hangs may end the run before pytest's own summary."""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            lines = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
+            text = "\n    ".join(line[:300] for line in lines[:4] or [report.longreprtext[-300:]])
+            print(f"\nFAILED {report.nodeid} ({report.duration:.1f} s)\n    {text}", flush=True)
+
+
 @pytest.fixture(autouse=True)
 def lost_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     """A kernel that ended the CUDA context must not fail the tests after it.

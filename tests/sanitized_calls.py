@@ -6,7 +6,7 @@ value of every field. Inputs are drawn on the CPU and copied: torch launches no 
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -19,9 +19,13 @@ from mirage_hello.kernels import (
     attention_fp8,
     attention_mma,
     attention_sm90a,
+    conv2d_fused,
     conv2d_sm90a,
+    group_norm_apply,
     group_norm_launch,
     group_norm_plan,
+    layer_norm_linear,
+    linear_fp8,
     linear_sm90a,
     ops,
     product_sm80,
@@ -52,6 +56,10 @@ class SanitizedCall:
 
 def moved(value: Any, device: torch.device) -> Any:
     """On the device with the same strides: a slice of a fused projection stays a slice."""
+    if is_dataclass(value):
+        return replace(
+            value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)}
+        )
     if not isinstance(value, Tensor):
         return value
     if value._base is None:
@@ -61,6 +69,8 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def wide(value: Any) -> Any:
+    if is_dataclass(value):
+        return replace(value, **{f.name: wide(getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, torch.dtype):
         return torch.float64
     is_float = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float16, BF16)
@@ -152,6 +162,51 @@ def conv2d_hopper() -> Iterator[SanitizedCall]:
         yield SanitizedCall(f"skip upsample={upsample}", run, reference.conv2d, args)
 
 
+def conv2d_normalising() -> Iterator[SanitizedCall]:
+    """Normalised while it is read, of one input and two; sums and SiLU on the way out."""
+    for skip, upsample, stride in [(False, False, 1), (True, False, 1), (True, True, 1),
+                                   (False, False, 2)]:  # fmt: skip
+        x, more = draw(2, 64, 10, 12) + 1, draw(2, 32, 10, 12) if skip else None
+        channels = 96 if skip else 64
+        sums, skip_sums = (conv2d_fused.sums_torch(t, 2) if t is not None else None
+                           for t in (x, more))  # fmt: skip
+        norm = conv2d_fused.Norm(sums, 16, draw(channels), draw(channels), skip_sums)
+        weight = draw(80, channels, 3, 3, scale=(9 * channels) ** -0.5)
+        args = (x, weight, draw(80), stride, 1, draw(2, 80), None, more, upsample, norm, 10, "silu")
+        truth = first_of(conv2d_fused.conv2d_fused_torch)
+        run = first_of(conv2d_sm90a.conv2d_fused_sm90a)
+        name = f"skip={skip} upsample={upsample} stride={stride}"
+        yield SanitizedCall(name, run, truth, args)
+
+
+def first_of(run: Callable[..., tuple]) -> Callable[..., Tensor]:
+    return lambda *args: run(*args)[0]
+
+
+def given_sums() -> Iterator[SanitizedCall]:
+    for skip in (None, draw(2, 32, 10, 12)):
+        x = draw(2, 64, 10, 12) + 1
+        found = [conv2d_fused.sums_torch(t, 2) for t in (x, skip) if t is not None]
+        channels = 64 if skip is None else 96
+        rest = dict(skip_sums=found[1]) if skip is not None else {}
+        norm = conv2d_fused.Norm(found[0], 16, draw(channels), draw(channels), **rest)
+        run, truth = group_norm_apply.group_norm_apply, group_norm_apply.torch_form
+        yield SanitizedCall(f"skip={skip is not None}", run, truth, (x, norm, skip))
+
+
+def folded_linear() -> Iterator[SanitizedCall]:
+    """layer_norm in the product, and e4m3 products."""
+    x, weight = draw(300, 640) + 1, draw(176, 640, scale=0.04)
+    folded = layer_norm_linear.fold(draw(640), draw(640), weight, draw(176))
+    run, truth = layer_norm_linear.layer_norm_linear, layer_norm_linear.layer_norm_linear_torch
+    yield SanitizedCall("layer_norm linear", run, truth, (x, folded, draw(300, 176)))
+    run, truth = layer_norm_linear.layer_norm_geglu, layer_norm_linear.layer_norm_geglu_torch
+    yield SanitizedCall("layer_norm geglu", run, truth, (x, folded))
+    packed = linear_fp8.pack(weight, linear_fp8.calibrate([x]), draw(176))
+    q, truth = linear_fp8.quantize(x, packed.x_scale), linear_fp8.linear_fp8_torch
+    yield SanitizedCall("e4m3", linear_fp8.linear_fp8, truth, (q, packed, draw(300, 176)))
+
+
 def linear_hopper() -> Iterator[SanitizedCall]:
     x, weight = draw(300, 712), draw(176, 712, scale=712**-0.5)
     for gated in (False, True):
@@ -225,6 +280,9 @@ FAMILIES: dict[str, tuple[Callable[..., Iterator[SanitizedCall]], ...]] = {
     "attention fp8": (attention_fp8_hopper,),
     "attention sm_80": (lambda: samples("attention", backends=("cuda",)), attention_ampere),
     "conv2d sm_90a": (lambda: samples("conv2d", backends=("ptx",)), conv2d_hopper),
+    "conv2d fused": (conv2d_normalising,),
+    "group_norm apply": (given_sums,),
+    "linear folded": (folded_linear,),
     "linear sm_90a": (lambda: samples("linear", "geglu", backends=("ptx",)), linear_hopper),
     "product sm_80": (
         lambda: samples("conv2d", "linear", "geglu", backends=("cuda",)),
