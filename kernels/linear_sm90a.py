@@ -142,8 +142,9 @@ def _launch(
         ),
         loader.tensor_map(weight, (per_block, columns)),
     )
-    tensors = (vector, out) if residual is None else (vector, residual, out)
     tiles_x = -(-rows // tile.block_m)
+    reciprocal = -(-(2**63) // tiles_x)
+    added = () if residual is None else (residual,)
     tiles = tiles_x * -(-n // columns)
     short, name = SHORT_NAME[x.dtype], op + ("_norm" if norm else "")
     if out_scale is not None:
@@ -153,7 +154,7 @@ def _launch(
         f"{name}_{short}",
         grid=(tile.grid(tiles),),
         block=(tile.threads,),
-        args=(*maps, *tensors, n, rows, blocks, tiles, tiles_x, *statistics),
+        args=(*maps, vector, *added, reciprocal, out, n, rows, blocks, tiles, tiles_x, *statistics),
         smem_bytes=tile.layout(tile.stages or 1, gated, *options)["BYTES"],
     )
     return out
@@ -216,7 +217,7 @@ def candidates(
 
 def _fits(tile: Tile, blocks: int, gated: bool, norm: bool) -> bool:
     """Whether three stages fit beside a residual, or as many as there are K blocks."""
-    stages = min(3, -(-blocks // tile.split))
+    stages = min(3, max(2, -(-blocks // tile.split)))
     needed = tile.layout(stages, gated, norm, residual=not gated)["BYTES"]
     return needed <= SMEM_BYTES[tile.blocks_per_sm]
 

@@ -31,7 +31,7 @@ class Tile:
         Otherwise they share a tile, 64 m_tiles rows each.
     split: K over a cluster of so many blocks; 1 with pingpong, geglu and layer_norm.
     blocks_per_sm: 2 lets another block, of this kernel or of the next, run beside this one.
-    stages: K blocks in flight; None: as many as the shared memory holds, at most 12.
+    stages: K blocks in flight, 2 to 12; None: as many as the shared memory holds.
     """
 
     groups: int
@@ -111,7 +111,7 @@ class Tile:
             most = max(-(-blocks // self.split), 2)
         else:
             most = MAX_STAGES
-        for stages in range(min(most, MAX_STAGES), 0, -1):
+        for stages in range(min(most, MAX_STAGES), 1, -1):
             if self.layout(stages, gated, factors, residual)["BYTES"] <= room:
                 return replace(self, stages=stages)
         raise ValueError(
