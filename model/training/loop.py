@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from mirage_hello.model.training.autoencoder_stage import AutoencoderStage
 from mirage_hello.model.training.config import STAGES, TrainConfig, TrainingError
 from mirage_hello.model.training.distill_stage import DistillStage
 from mirage_hello.model.training.place import Options, Place
-from mirage_hello.model.training.profile import Profile
+from mirage_hello.model.training.profile import write_profile
 from mirage_hello.model.training.video_stage import VideoStage
 
 SAVE_SECONDS = 10.0  # kept free at the end of a time limit for the checkpoint
@@ -95,11 +96,8 @@ class Run(Place):
         config = self.config
         held: list[dict[str, Tensor]] = []
         previous: tuple[Tensor, dict[str, Tensor]] | None = None
-        profile = Profile(self.out / f"profile-{stage.name}.txt") if self.options.profile else None
         mark, spent = time.monotonic(), 0.0
         while (progress := self.progress(stage)) < 1:
-            if profile:
-                profile.before_step()
             metrics = stage.step(self.step, progress)
             if previous is not None:
                 # One step late, so that the device computes while the host looks at the number.
@@ -128,6 +126,9 @@ class Run(Place):
                 self.sample(stage)
             if up:
                 self.say(f"time is up at {stage.name} step {self.step}; go on with --resume")
+                if self.options.profile:
+                    steps = partial(stage.step, self.step + 1, progress)
+                    write_profile(self.out / f"profile-{stage.name}.txt", steps)
                 return False
         if previous is not None:
             self.check(stage, *previous, self.step - 1)

@@ -25,7 +25,7 @@ class Workers:
         self.rank = int(os.environ.get("RANK", "0"))
         local = int(os.environ.get("LOCAL_RANK", "0"))
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if kind == "cuda" and self.ranks > 1:
+        if kind == "cuda":  # set_device wants a number
             kind = f"cuda:{local}"
         self.device = torch.device(kind)
         if self.device.type == "cuda":

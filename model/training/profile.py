@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-FIRST, STEPS = 60, 8  # the first profiled step of a call, when graphs are captured; how many
-ROWS = 50  # kernels
+STEPS = 6
+ROWS = 60  # kernels listed
 
 
-class Profile:
-    """Told of every step; writes one text file. Without CUDA it does nothing."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.step, self.began = path, 0, 0.0
-        self.profiler: torch.profiler.profile | None = None
-
-    def before_step(self) -> None:
-        self.step += 1
-        if self.step == FIRST and torch.cuda.is_available():
-            self.profiler = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CUDA]
-            )
-            self.profiler.start()
-            torch.cuda.synchronize()
-            self.began = time.monotonic()
-        elif self.step == FIRST + STEPS and self.profiler is not None:
-            torch.cuda.synchronize()
-            wall = 1000 * (time.monotonic() - self.began) / STEPS
-            self.profiler.stop()
-            events = sorted(
-                self.profiler.key_averages(), key=lambda e: -getattr(e, "self_device_time_total", 0)
-            )
-            lines = [f"{STEPS} steps, {wall:.2f} ms a step", "us a step   calls a step   kernel"]
-            for e in events[:ROWS]:
-                spent = getattr(e, "self_device_time_total", 0) / STEPS
-                lines.append(f"{spent:9.1f}   {e.count / STEPS:12.1f}   {e.key[:110]}")
-            self.path.write_text("\n".join(lines) + "\n")
-            self.profiler = None
+def write_profile(path: Path, step: Callable[[], Any]) -> None:
+    """Run some steps and list their kernels in a text file: time and calls of each, for a step."""
+    if not torch.cuda.is_available():
+        return
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    for _ in range(STEPS):
+        step()
+    torch.cuda.synchronize()
+    wall = 1000 * (time.monotonic() - began) / STEPS
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize()
+    events = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)
+    lines = [f"{wall:.2f} ms a step", "us a step   calls a step   kernel"]
+    for e in events[:ROWS]:
+        spent, calls = e.self_device_time_total / STEPS, e.count / STEPS
+        lines.append(f"{spent:9.1f}   {calls:12.1f}   {e.key[:110]}")
+    path.write_text("\n".join(lines) + "\n")
