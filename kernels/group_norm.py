@@ -2,6 +2,7 @@
 
 The mean and the (biased) variance run over the C / groups channels and all pixels of one image.
 x is [B, C, *spatial], channels_last or contiguous; the result has its layout. Sums in float32.
+With a skip [B, C', *spatial] it is cat([x, skip], 1), which in channels_last is never made.
 group_norm_plan.py chooses between one pass over x (it stays on chip in between) and two.
 """
 
@@ -30,14 +31,18 @@ MAX_PIXELS = 2**31 - 2**20  # 32-bit pixel indices, with room for the last chunk
 
 
 def check(op: str, values: Mapping[str, Any]) -> None:
-    """x [B, C, *spatial]; C a multiple of groups; weight and bias [C]; one floating dtype."""
-    x, groups, eps = values["x"], values["groups"], values["eps"]
-    checks.one_floating_dtype(op, {n: values[n] for n in ("x", "weight", "bias")})
+    """x, skip [B, C, *spatial]; C + C' a multiple of groups; weight, bias [C + C']; one dtype."""
+    x, skip, groups, eps = (values[name] for name in ("x", "skip", "groups", "eps"))
+    checks.one_floating_dtype(op, {n: values[n] for n in ("x", "weight", "bias", "skip")})
     if x.dim < 2:
         raise ValueError(f"{op}: x must be [B, C, *spatial] (got {tuple(x.shape)}); unsqueeze it")
     if isinstance(groups, bool) or not isinstance(groups, int):
         raise TypeError(f"{op}: groups must be an int (got {groups!r}); choose a divisor of C")
     channels = x.shape[1]
+    if skip is not None:
+        expected = (x.shape[0], *skip.shape[1:2], *x.shape[2:])
+        checks.shape(op, "skip", skip, expected, "B, C', *spatial", "crop or pad it")
+        channels += skip.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(
             f"{op}: C must be a multiple of groups (got C={channels}, groups={groups}); "
@@ -64,11 +69,15 @@ def is_channels_last(x: TensorSpec | Tensor) -> bool:
 
 def supports(call: Call) -> str | None:
     """Why the hand-written kernels cannot take the call, or None."""
-    x = call.args["x"]
-    if x.numel == 0:
+    x, skip = call.args["x"], call.args["skip"]
+    if x.numel == 0 and (skip is None or skip.numel == 0):
         return None
     if not (is_channels_last(x) or x.is_contiguous):
         return f"needs x channels_last or contiguous (got strides {x.stride}); .contiguous()"
+    if skip is not None and not (x.numel and skip.numel):
+        return f"needs values in x and skip (got {tuple(x.shape)}, {tuple(skip.shape)})"
+    if skip is not None and not (is_channels_last(x) and is_channels_last(skip)):
+        return f"needs x and skip channels_last (got strides {x.stride}, {skip.stride})"
     for name in ("weight", "bias"):
         t = call.args[name]
         if t is not None and t.stride != (1,):
@@ -80,21 +89,33 @@ def supports(call: Call) -> str | None:
         return f"takes at most {MAX_PIXELS} pixels an image (got {pixels})"
     aligned = all(t.aligned16 for t in call.tensors.values())
     access_bytes = 16 if aligned else x.dtype.itemsize
-    if (
-        plan(shape_of(x, call.args["groups"], access_bytes, clusters=False), in_shared=False)
-        is None
-    ):
-        width = x.shape[1] // call.args["groups"]
+    shape = shape_of(x, call.args["groups"], access_bytes, clusters=False, skip=skip)
+    if plan(shape, in_shared=False) is None:
+        width = shape.group_channels
         return f"takes groups of at most 1024 vectors of channels (got {width} channels a group)"
     return None
 
 
-def shape_of(x: Any, groups: int, access_bytes: int, clusters: bool, sms: int = 132) -> Shape:
-    channels_last = is_channels_last(x)
-    pixels = math.prod(x.shape[2:])
-    size = x.dtype.itemsize
+def one_tensor(call: Call) -> str | None:
+    """What the kernels that read one tensor say."""
+    return None if call.args["skip"] is None else "takes no skip; concatenate, or choose ptx"
+
+
+def shape_of(
+    x: Any, groups: int, access_bytes: int, clusters: bool, sms: int = 132, skip: Any = None
+) -> Shape:
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     return Shape(
-        x.shape[0], x.shape[1], pixels, groups, size, channels_last, access_bytes, clusters, sms
+        images=x.shape[0],
+        channels=channels,
+        pixels=math.prod(x.shape[2:]),
+        groups=groups,
+        size=x.dtype.itemsize,
+        channels_last=is_channels_last(x),
+        access_bytes=access_bytes,
+        clusters=clusters,
+        multiprocessors=sms,
+        x_channels=0 if skip is None else x.shape[1],
     )
 
 
@@ -119,19 +140,29 @@ def planned(op: str, program_of: Callable[..., loader.Program]) -> Callable[...,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         eps: float = 1e-5,
+        skip: Tensor | None = None,
     ) -> Tensor:
-        out = torch.empty_like(x)
-        if x.numel() == 0:
+        out = torch.empty_like(x) if skip is None else empty_beside(x, skip)
+        if out.numel() == 0:
             return out
         clusters, sms = device_limits(x.get_device())
-        shape = shape_of(x, groups, access_bytes_of(x, out, weight, bias), clusters, sms)
+        access_bytes = access_bytes_of(x, out, weight, bias, skip)
+        shape = shape_of(x, groups, access_bytes, clusters, sms, skip)
         chosen = plan(shape, in_shared=program_of is ptx_program)
         assert chosen is not None, "supports() refuses shapes without a plan"
-        launch(program_of, op, shape, chosen, (x, weight, bias, out), eps)
+        sources = (x,) if skip is None else (x, skip)
+        launch(program_of, op, shape, chosen, (*sources, weight, bias, out), eps)
         return out
 
     run.__name__ = op
     return run
+
+
+def empty_beside(x: Tensor, skip: Tensor) -> Tensor:
+    """Channels_last memory for cat([x, skip], 1)."""
+    batch, channels, *spatial = x.shape
+    memory = x.new_empty(batch, *spatial, channels + skip.shape[1])
+    return memory.permute(0, x.dim() - 1, *range(1, x.dim() - 1))
 
 
 _limits: dict[int, tuple[bool, int]] = {-1: (False, 132)}
@@ -155,7 +186,9 @@ def group_norm_torch(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    skip: Tensor | None = None,
 ) -> Tensor:
+    x = x if skip is None else torch.cat([x, skip], 1)
     if x.numel() == 0:
         return torch.empty_like(x)
     y = torch.group_norm(x, groups, weight, bias, eps)  # without F.group_norm's batch-size check
@@ -168,14 +201,15 @@ def group_norm_silu_torch(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    skip: Tensor | None = None,
 ) -> Tensor:
-    return torch.nn.functional.silu(group_norm_torch(x, groups, weight, bias, eps))
+    return torch.nn.functional.silu(group_norm_torch(x, groups, weight, bias, eps, skip))
 
 
 def triton(op: str) -> Callable[..., Tensor]:
-    def run(*args: Any, **kwargs: Any) -> Tensor:
+    def run(*args: Any, skip: None = None, **kwargs: Any) -> Tensor:
         module = importlib.import_module("mirage_hello.kernels.triton.group_norm")
-        return getattr(module, op)(*args, **kwargs)
+        return getattr(module, op)(*args[:5], **kwargs)
 
     return run
 
@@ -194,6 +228,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[tuple[tuple, dict]
         ((last, 4, randn(40), randn(40)), {}),
         ((randn(2, 12, 8, 8), 4, randn(12), randn(12)), {}),
         ((randn(1, 6, 35) + 30, 3), {"eps": 1e-6}),
+        ((last, 4, randn(48), randn(48)), {"skip": last[:, :8] * 2 - 1}),
     ]
 
 
@@ -214,11 +249,15 @@ for _op, _torch in TORCH_OF.items():
             differentiable=True,
         )
     )
-    register(Kernel(_op, "triton", triton(_op), source="kernels/triton/group_norm.py"))
-    for _backend, _program, _source in (
-        ("ptx", ptx_program, "ptx/group_norm_nhwc.ptx.j2"),
-        ("cuda", cuda_program, "kernels/cuda/group_norm.cu"),
+    _file = "kernels/triton/group_norm.py"
+    register(Kernel(_op, "triton", triton(_op), one_tensor, source=_file))
+    for _backend, _program, _able, _file in (
+        ("ptx", ptx_program, supports, "ptx/group_norm_nhwc.ptx.j2"),
+        (
+            "cuda",
+            cuda_program,
+            lambda call: one_tensor(call) or supports(call),
+            "kernels/cuda/group_norm.cu",
+        ),
     ):
-        register(
-            Kernel(_op, _backend, planned(_op, _program), supports, source=_source, arch="sm_80")
-        )
+        register(Kernel(_op, _backend, planned(_op, _program), _able, source=_file, arch="sm_80"))

@@ -53,6 +53,7 @@ def sizes(shape: Shape, p: Plan) -> dict[str, int]:
     counts = {"SLICES": p.slices, "APPLY_BLOCKS": p.apply_blocks} if p.passes == 2 else {}
     numbers = {"CHANNELS": shape.channels, "PIXELS": shape.pixels, "SLAB_GROUPS": p.slab_groups}
     numbers |= {"GROUP_CHANNELS": width, "MAGIC": nhwc_magic(width)}
+    numbers |= {"X_CHANNELS": shape.x_channels} if shape.x_channels else {}
     return numbers | counts | {"COLUMNS": p.columns, "LANES": p.lanes}
 
 
@@ -60,7 +61,8 @@ def layout(shape: Shape) -> str:
     return "nhwc" if shape.channels_last else "nchw"
 
 
-Tensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor]  # x, weight, bias, out
+# x, with a skip that too, then weight, bias, out
+Tensors = tuple[Tensor | None, ...]
 
 
 def launch(
@@ -72,7 +74,7 @@ def launch(
     eps: float,
 ) -> None:
     """Launch plan `p`."""
-    dtype = tensors[0].dtype
+    dtype = tensors[-1].dtype  # type: ignore[union-attr]
     program = program_of(op, shape, p, dtype)
     passes = one_pass if p.passes == 1 else two_passes
     passes(program, f"{op}_{layout(shape)}", SUFFIX[dtype], shape, p, tensors, eps)
@@ -108,10 +110,11 @@ def two_passes(
     tensors: Tensors,
     eps: float,
 ) -> None:
-    x, weight, bias, out = tensors
+    *sources, weight, bias, out = tensors
+    assert out is not None
     width = shape.group_channels
-    partial = x.new_empty(shape.images * shape.groups * p.slices * 2, dtype=torch.float32)
-    samples = x.new_empty(shape.images * p.slices, dtype=torch.float32)
+    partial = out.new_empty(shape.images * shape.groups * p.slices * 2, dtype=torch.float32)
+    samples = out.new_empty(shape.images * p.slices, dtype=torch.float32)
     grid = (p.slices, shape.groups // p.slab_groups, shape.images)
     counts: tuple[int, ...]
     scalars: tuple[float, ...]
@@ -122,10 +125,10 @@ def two_passes(
         block, smem_bytes = (p.lanes, 1, 1), 0
         counts = (width * shape.pixels // p.elements,)
         scalars = (nchw_magic(shape, p), p.slices, width, eps, *counts)
-    first = (x, partial, samples, *counts)
+    first = (*sources, partial, samples, *counts)
     program.launch(f"{name}_statistics_{suffix}", grid, block, first, smem_bytes)
     grid = (p.apply_blocks, *grid[1:])
-    second = (x, partial, samples, weight, bias, out, *scalars)
+    second = (*sources, partial, samples, weight, bias, out, *scalars)
     program.launch(f"{name}_apply_{suffix}", grid, block, second, smem_bytes)
 
 

@@ -56,6 +56,7 @@ class Shape:
     access_bytes: int = 16
     clusters: bool = True  # compute capability 9.0 or newer
     multiprocessors: int = 132
+    x_channels: int = 0  # of the first of two tensors, side by side along the channels; 0: one
 
     @property
     def group_channels(self) -> int:
@@ -126,7 +127,8 @@ def plans(shape: Shape) -> Iterator[Plan]:
 
 
 def widest(shape: Shape, *multiples: int) -> int:
-    """Elements of the widest access that divides all of these counts."""
+    """Elements of the widest access that divides all of these counts, and lies in one tensor."""
+    multiples = (*multiples, shape.x_channels)
     widths = (shape.access_bytes // shape.size >> k for k in range(4))
     return next((e for e in widths if e >= 1 and all(m % e == 0 for m in multiples)), 1)
 

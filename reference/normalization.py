@@ -12,6 +12,7 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """y = (x - mean_g) / sqrt(var_g + eps) * weight_c + bias_c, per sample and group of channels.
 
@@ -20,12 +21,15 @@ def group_norm(
         groups: number of groups; mean and (biased) variance run over C/groups channels and space.
         weight, bias: [C] or None (1 and 0).
         eps: added to the variance.
+        skip: [B, C', *spatial] or None: channels that follow those of x, which are C + C' above.
 
     Returns:
-        The shape, dtype and memory layout of x.
+        The shape, with a skip of cat([x, skip], 1), dtype and memory layout of x.
 
     Source: Wu and He 2018, "Group Normalization", equations 1 to 4.
     """
+    if skip is not None:
+        x = torch.cat([x, skip], 1)
     grouped = x.reshape(x.shape[0], groups, -1)
     if grouped.shape[-1]:
         centred = grouped - grouped.mean(-1, keepdim=True)
@@ -46,9 +50,10 @@ def group_norm_silu(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    skip: Tensor | None = None,
 ) -> Tensor:
     """silu(group_norm(x, ...)): arguments and result as `group_norm`."""
-    return silu(group_norm(x, groups, weight, bias, eps))
+    return silu(group_norm(x, groups, weight, bias, eps, skip))
 
 
 def layer_norm(

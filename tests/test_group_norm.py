@@ -131,6 +131,49 @@ def test_parity(op, channels, groups, spatial, dtype, device):
             assert kernel.run(x, groups).stride() == x.stride(), kernel.name
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("channels", "extra", "groups", "spatial"),
+    [(320, 160, 32, (9, 7)), (24, 16, 5, (16, 16)), (40, 8, 3, (127,)), (7, 5, 3, (4, 5))],
+)
+def test_parity_with_a_skip(channels, extra, groups, spatial, dtype, device):
+    """The PTX reads both tensors, also where a group lies in both; the others decline."""
+    x, skip = (
+        draw(device, dtype, 2, c, *spatial, mean=mean)
+        for c, mean in ((channels, 3.0), (extra, -1.0))
+    )
+    weight, bias = (draw(device, dtype, channels + extra) for _ in range(2))
+    for layout in (0, 1):
+        a, b = (list(layouts(t))[layout] for t in (x, skip))
+        kernels = able("group_norm_silu", a, groups, weight, bias, skip=b)
+        is_cpu = device.type == "cpu"
+        expected = {"torch"} | ({"ptx-emulated" if is_cpu else "ptx"} if layout else set())
+        assert {k.backend for k in kernels} == expected
+        for kernel in kernels:
+            args = (a, groups, weight, bias, 1e-5, b)
+            result = parity.compare("group_norm_silu", kernel, args)
+            assert result.passed, f"{kernel.name}: {result}"
+            out = kernel.run(*args)
+            if layout and out.dim() == 4:
+                assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_plan_reads_a_skip(dtype, device):
+    x, skip = (list(layouts(draw(device, dtype, 2, c, 9, 9)))[1] for c in (24, 16))
+    weight, bias = (draw(device, dtype, 40) for _ in range(2))
+    shape = page.shape_of(x, 4, 16, clusters=True, skip=skip)
+    args = (x, 4, weight, bias, 1e-5, skip)
+    truth = ops.group_norm_silu.reference(*parity.in_float64(args))
+    plain = ops.group_norm_silu.torch_kernel.run(*args)
+    for p in few_plans(shape):
+        out = torch.full_like(plain, float("nan"))
+        tensors = (x, skip, weight, bias, out)
+        page.launch(page.ptx_program, "group_norm_silu", shape, p, tensors, 1e-5)
+        result = parity.judge(out, plain, truth)
+        assert result.passed, f"{p}: {result}"
+
+
 def few_plans(shape):
     """One plan for each kernel, cluster, access width and slab, with the most vectors a thread."""
     chosen = {}
