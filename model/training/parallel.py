@@ -30,6 +30,8 @@ class Workers:
         self.device = torch.device(kind)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+            # cuDNN plans each attention shape anew; flash attention serves all of a small model's.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if self.ranks > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             # A rank that is lost must end the others with a sentence, not hang them for ever.
