@@ -30,7 +30,8 @@ class Tile:
     key_groups: int = 1
     order: str = "qk_pv"
     turn: str = "both"
-    late_sums: bool = False
+    ones: bool = False
+    unroll: bool = False
     degree: int = 3
     min_ctas: int = 1
     resident: bool = False
@@ -44,6 +45,8 @@ class Tile:
         """Q rows and 2 x stages key blocks of 128-byte rows, one row per 64 columns; barriers."""
         rows = 64 * self.warpgroups * (1 + self.stream) + 2 * self.stages * self.block_n
         barriers = 32 * self.stages + (32 if self.stream else 8)
+        if self.ones:
+            barriers += 2048 if head_dim == 64 else 8 * self.stages
         return -(-head_dim // 64) * rows * 128 + barriers
 
     def program(self, head_dim: int, dtype: str) -> loader.Program:
@@ -59,7 +62,8 @@ class Tile:
             KEY_GROUPS=self.key_groups,
             ORDER=self.order,
             TURN=self.turn,
-            LATE_SUMS=self.late_sums,
+            ONES=self.ones,
+            UNROLL=self.unroll,
             DEGREE=self.degree,
             MIN_CTAS=self.min_ctas,
             RESIDENT=self.resident,

@@ -36,77 +36,57 @@ CASES = {
 SMEM = 232448  # bytes a block may have on Hopper
 
 
-# (order of the products, turn passed on after, sums after the wait for P V)
-SCHEDULES = (
-    ("qk_pv", "both", False),
-    ("qk_pv", "both", True),
-    ("qk_pv", "first", False),
-    ("qk_pv", "first", True),
-    ("qk_pv", "none", True),
-    ("pv_qk", "both", False),
-    ("pv_qk", "first", False),
-    ("pv_qk", "none", False),
-)
+QK_FIRST, QK_EARLY, PV_FIRST = ("qk_pv", "both"), ("qk_pv", "first"), ("pv_qk", "first")
 
 
-def scheduled(tile: Tile, schedules: tuple = SCHEDULES) -> list[Tile]:
-    return [
-        replace(tile, order=order, turn=turn, ping_pong=turn != "none", late_sums=late)
-        for order, turn, late in schedules
-    ]
+def scheduled(tile: Tile, *schedules: tuple[str, str]) -> list[Tile]:
+    """The tile with each (order of the products, product after which the turn is passed on)."""
+    return [replace(tile, order=order, turn=turn) for order, turn in schedules]
 
 
-def streams(tile: Tile) -> list[Tile]:
-    """The schedules with equal shares of the keys for all multiprocessors."""
-    chosen = (SCHEDULES[0], *SCHEDULES[2:4], *SCHEDULES[6:])
-    return [replace(t, stream=True) for t in scheduled(tile, chosen)]
+def refined(tile: Tile, *polys: int) -> list[Tile]:
+    """Row sums by the tensor cores and an unrolled loop: each, and both with each `poly`."""
+    steps = [tile, replace(tile, unroll=True), replace(tile, ones=True)]
+    return steps + [replace(tile, ones=True, unroll=True, poly=p) for p in polys]
 
 
 def tiles(n: int, m: int, d: int, b: int) -> list[Tile]:
     """Tiles worth timing at this shape, by what wider sweeps said; docs/attention.md has those."""
+    found = []
     if m <= 128:
-        base = [Tile(4, 80, 2, False, 0)]
-        base += [Tile(g, 80, 1, False, 0, resident=True) for g in (1, 2, 3, 4)]
-        base += [Tile(1, 80, 1, False, 0, resident=True, min_ctas=c) for c in (3, 4)]
-        base += [Tile(2, 80, 1, False, 0, resident=True, min_ctas=2)]
+        found = [Tile(4, 80, 2, False, 0), Tile(4, 80, 1, False, 0, resident=True)]
+        found += [Tile(2, 80, 1, False, 0, resident=True)]
+        found += [replace(found[0], order="pv_qk"), replace(found[0], ones=True)]
     elif d <= 48:
-        base = scheduled(Tile(4, 80, 3, True, 2, True))
-        base += scheduled(Tile(4, 80, 3, True, 4, True))
-        base += scheduled(Tile(4, 80, 4, True, 3, True), SCHEDULES[2:4] + SCHEDULES[6:7])
-        base += scheduled(Tile(4, 80, 3, True, 4, True, degree=2), SCHEDULES[2:4] + SCHEDULES[6:7])
-        base += scheduled(Tile(4, 80, 3, True, 5, True, degree=2), SCHEDULES[2:4] + SCHEDULES[6:7])
-        if b == 1:
-            base += scheduled(Tile(4, 64, 3, True, 4, True), SCHEDULES[2:])
-    elif d <= 64 and n >= 4096 and m < 8192:
-        base = scheduled(Tile(3, 128, 2, True, 1, True)) + scheduled(Tile(3, 128, 2, True, 3, True))
-        base += scheduled(Tile(3, 112, 3, True, 2, True), SCHEDULES[2:4] + SCHEDULES[6:7])
-        base += [Tile(3, 128, 2, False, 0, True)]
-        base += streams(Tile(3, 128, 2, True, 1, True)) + streams(Tile(3, 128, 2, True, 3, True))
+        for t in scheduled(Tile(4, 80, 3, True, 2, True), QK_FIRST, QK_EARLY, PV_FIRST):
+            found += refined(t, 0, 1, 2, 3, 4)
+            fast = replace(t, ones=True, unroll=True)
+            found += [replace(fast, poly=p, degree=2) for p in (3, 4, 5)]
+            found += [replace(fast, stages=4)]
     elif d <= 64 and m >= 8192:
-        base = scheduled(Tile(4, 64, 3, True, 0, True)) + scheduled(Tile(4, 64, 4, True, 2, True))
-        base += scheduled(Tile(3, 128, 2, True, 2, True), SCHEDULES[2:4] + SCHEDULES[6:7])
+        for t in scheduled(Tile(4, 64, 3, True, 0, True), QK_FIRST, PV_FIRST):
+            found += refined(t, 0, 1, 2)
+        for t in scheduled(Tile(3, 128, 2, True, 1, True), QK_FIRST, PV_FIRST):
+            found += refined(t, 0, 1, 2)
     elif d <= 64:
-        base = scheduled(Tile(3, 128, 2, True, 1, True)) + streams(Tile(3, 128, 2, True, 1, True))
-        base += streams(Tile(3, 64, 3, True, 2, True))
+        for t in scheduled(Tile(3, 128, 2, True, 1, True), QK_FIRST, ("pv_qk", "both"), PV_FIRST):
+            found += refined(t, 0, 1, 2, 3)
+            found += [replace(f, stream=True) for f in found[-3:-1]]
+        for t in scheduled(Tile(3, 64, 4, True, 2, True), QK_FIRST, PV_FIRST):
+            found += [replace(t, stream=True, ones=True, unroll=True)]
     elif d <= 128 and n >= 4096:
-        base = scheduled(Tile(2, 128, 2, True, 0, True)) + scheduled(Tile(2, 96, 3, True, 0, True))
+        for t in scheduled(Tile(2, 128, 2, True, 0, True), QK_FIRST, QK_EARLY, PV_FIRST):
+            found += [t, replace(t, unroll=True), replace(t, unroll=True, ping_pong=False)]
     elif d <= 128:
-        split = (Tile(1, 128, 3, False, 0, True), Tile(1, 64, 4, False, 0, True, key_groups=2))
-        split += (Tile(1, 96, 4, False, 0, True, key_groups=2),)
-        split += (Tile(1, 64, 6, False, 0, True, key_groups=3),)
-        split += (Tile(1, 48, 8, False, 0, True, key_groups=4),)
-        base = [s for tile in split for s in scheduled(tile, SCHEDULES[4:5] + SCHEDULES[7:])]
-        base += [replace(t, poly=2) for t in base[2:8]]
-        base += (
-            streams(Tile(2, 64, 3, True, 1, True)) + streams(Tile(1, 128, 2, False, 1, True))[2:]
-        )
+        for t in scheduled(Tile(1, 128, 3, False, 0, True), QK_FIRST, PV_FIRST):
+            found += refined(t, 0)
+        found += scheduled(Tile(1, 64, 4, False, 0, True, key_groups=2, ones=True), PV_FIRST)
+        found += [Tile(2, 64, 4, True, 1, True, stream=True, order="pv_qk")]
     else:
-        split = (Tile(1, 64, 2, False, 0, True), Tile(1, 64, 4, False, 0, True, resident=True))
-        split += (Tile(1, 64, 4, False, 0, True, key_groups=2, resident=True),)
-        split += (Tile(1, 32, 8, False, 0, True, key_groups=2, resident=True),)
-        split += (Tile(1, 64, 2, False, 0, False, stream=True),)
-        base = [s for tile in split for s in scheduled(tile, SCHEDULES[4:5] + SCHEDULES[7:])]
-    return [t for t in base if t.smem_bytes(d) <= SMEM]
+        for t in scheduled(Tile(1, 64, 2, False, 0, True), QK_FIRST, PV_FIRST):
+            found += refined(t, 0)
+        found += [Tile(1, 64, 2, False, 0, stream=True)]
+    return [t for t in found if t.smem_bytes(d) <= SMEM]
 
 
 def run_case(name: str) -> dict:
