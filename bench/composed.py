@@ -3,11 +3,12 @@
 norm_conv2d      conv(silu(group_norm(x))) + bias, 3x3, at conv2d.py's shapes
 residual_block   conv2(silu(norm2(conv1(silu(norm1(x))) + time bias))) + x, at three widths
 
-Two ways of ours, whose rows stand side by side (`kernel`):
+Three ways of ours, whose rows stand side by side (`kernel`):
 
 separate    group_norm_silu and conv2d, each the kernel that `auto` chooses
-fused       conv2d_fused: the convolution normalises its input while it reads it, by the sums that
-            the input's producer left, and leaves those of its output (kernels/conv2d_fused.py)
+applied     group_norm_apply, a pass that takes the statistics from the sums that the producer of
+            its input left, then conv2d, which leaves those of its output
+folded      conv2d_fused: the convolution normalises its input itself while it reads it
 
 `sums` of x are an argument, as they are in a model, where the layer before wrote them in its own
 epilogue; the peers and `separate` have no use for them. Batch 1 unless named, channels last.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +27,8 @@ from torch import Tensor
 from mirage_hello import reference
 from mirage_hello.kernels import Kernel, Op, conv2d_fused, ops
 from mirage_hello.kernels.call import Call
+from mirage_hello.kernels.conv2d_fused import Norm
+from mirage_hello.kernels.group_norm_apply import group_norm_apply
 from mirage_hello.kernels.kernel import arch_runs
 
 from .case import Case, Draw
@@ -69,24 +73,40 @@ def residual_block_by(norm_silu: Function, conv2d: Function) -> Function:
     return residual_block
 
 
-# Fused
+# By the sums that the producer left: `convolve` is one of the two below
 
 
-def norm_conv2d_fused(x, sums, gamma, beta, weight, bias) -> Tensor:
-    norm = conv2d_fused.Norm(sums, GROUPS, gamma, beta, eps=EPS)
-    own = unit(weight.shape[0])
-    return conv2d_fused.conv2d_fused(x, weight, bias, 1, 1, norm=norm, unit=own)[0]
+def folded(x: Tensor, norm: Norm, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The convolution normalises what it reads."""
+    conv = partial(conv2d_fused.conv2d_fused, norm=norm, unit=unit(weight.shape[0]))
+    out, sums = conv(x, weight, *rest)
+    assert sums is not None
+    return out, sums
 
 
-def residual_block_fused(
-    x, sums, time_bias, gammas, betas, weight1, bias1, weight2, bias2
-) -> Tensor:
-    conv, own = conv2d_fused.conv2d_fused, unit(x.shape[1])
-    norm = conv2d_fused.Norm(sums, GROUPS, gammas[0], betas[0], eps=EPS)
-    h, h_sums = conv(x, weight1, bias1, 1, 1, time_bias, norm=norm, unit=own)
-    assert h_sums is not None
-    norm = conv2d_fused.Norm(h_sums, GROUPS, gammas[1], betas[1], eps=EPS)
-    return conv(h, weight2, bias2, 1, 1, None, x, norm=norm, unit=own)[0]
+def applied(x: Tensor, norm: Norm, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """A pass normalises, and knows the statistics."""
+    conv = partial(conv2d_fused.conv2d_fused, unit=unit(weight.shape[0]))
+    out, sums = conv(group_norm_apply(x, norm), weight, *rest)
+    assert sums is not None
+    return out, sums
+
+
+def norm_conv2d_with(convolve: Callable[..., tuple[Tensor, Tensor]]) -> Function:
+    def norm_conv2d(x, sums, gamma, beta, weight, bias) -> Tensor:
+        return convolve(x, Norm(sums, GROUPS, gamma, beta, eps=EPS), weight, bias, 1, 1)[0]
+
+    return norm_conv2d
+
+
+def residual_block_with(convolve: Callable[..., tuple[Tensor, Tensor]]) -> Function:
+    def residual_block(x, sums, time_bias, gammas, betas, weight1, bias1, weight2, bias2) -> Tensor:
+        norms = [partial(Norm, groups=GROUPS, weight=w, bias=b, eps=EPS)
+                 for w, b in zip(gammas, betas, strict=True)]  # fmt: skip
+        h, h_sums = convolve(x, norms[0](sums), weight1, bias1, 1, 1, time_bias)
+        return convolve(h, norms[1](h_sums), weight2, bias2, 1, 1, None, x)[0]
+
+    return residual_block
 
 
 def unit(channels: int) -> int:
@@ -113,8 +133,8 @@ class Way(Kernel):
         return None
 
 
-def composed(by: Callable[[Function, Function], Function], fused: Function) -> Op:
-    """An op that no registry holds, with our two ways."""
+def composed(by: Callable[[Function, Function], Function], by_sums: Callable[..., Function]) -> Op:
+    """An op that no registry holds, with our three ways."""
 
     def check(values: Mapping[str, Any]) -> None:
         pass  # the cases below are all that there is
@@ -125,14 +145,17 @@ def composed(by: Callable[[Function, Function], Function], fused: Function) -> O
     op.torch_kernel = Kernel(op.name, "torch", plain)
     op.kernels = [
         Way(op.name, "auto", by(ops.group_norm_silu, ops.conv2d), label="separate"),
-        Way(op.name, "auto", fused, arch="sm_90a", label="fused"),
+        *(
+            Way(op.name, "auto", by_sums(way), arch="sm_90a", label=way.__name__)
+            for way in (applied, folded)
+        ),
     ]
     return op
 
 
 OPS = {
-    "norm_conv2d": composed(norm_conv2d_by, norm_conv2d_fused),
-    "residual_block": composed(residual_block_by, residual_block_fused),
+    "norm_conv2d": composed(norm_conv2d_by, norm_conv2d_with),
+    "residual_block": composed(residual_block_by, residual_block_with),
 }
 
 

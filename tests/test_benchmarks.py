@@ -66,14 +66,15 @@ def test_every_peer_of_a_quick_case_runs_on_the_gpu(group):
                 assert error < 2e-2, (case.op, case.name, name)
 
 
+@pytest.mark.parametrize("way", ["applied", "folded"])
 @pytest.mark.parametrize("name", composed.OPS)
-def test_the_fused_way_computes_the_same(name, monkeypatch):
-    """Its kernel runs on Hopper; here conv2d_fused takes torch's way."""
+def test_the_ways_with_sums_compute_the_same(name, way, monkeypatch):
+    """Their kernels run on Hopper; here conv2d_fused takes torch's way."""
     monkeypatch.setitem(conv2d_fused.BACKENDS, "ptx", conv2d_fused.BACKENDS["torch"])
     case = next(case for case in composed.SMALL if case.op == name)
     subject = prepare(case, "float32", OPTIONS)
-    (fused,) = (k for k in op_named(name).kernels if k.name.endswith("fused"))
-    assert subject.judge(fused.run(*subject.args)).passed
+    (kernel,) = (k for k in op_named(name).kernels if k.name.endswith(way))
+    assert subject.judge(kernel.run(*subject.args)).passed
 
 
 class TestModelRows:
