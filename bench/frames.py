@@ -3,14 +3,13 @@
 One frame is timed on the host's clock from the call of `push` to its return, which waits for the
 output frame: decode to the U-Net, all denoising steps and back, copies over the bus included. The
 ways take turns in blocks of frames. torch-compile compiles encode, denoise and decode (fullgraph)
-and is captured in the stream's own CUDA graph, which favours it over its reduce-overhead mode.
+and is captured in the stream's own CUDA graph, which favours it over its reduce-overhead mode; it
+is also what a one-step image-to-image pipeline of the same U-Net and a tiny autoencoder comes to.
+Ours is also timed with a frame under way (`run`): its rate, and what the host itself needs.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from mirage_hello.kernels.parity import ROUNDING, exact_float32
 from mirage_hello.model import FrameStream
 
+from . import bus, frame_profile
 from .model import MODEL_SECONDS, Models, chosen_kernels, compile_seconds
 from .rows import Begin, Options, Outcome
 
@@ -31,6 +31,7 @@ BLOCKS = 4  # each way runs a quarter of its frames, then the next way
 SHARES = {"torch-eager": 20, "cuda-graph": 4}
 PARITY_FRAMES = 4
 PROFILED_FRAMES = 10
+RATE_FRAMES = 200
 WARM_UP_FRAMES = 5
 FRAME_SECONDS = 300.0
 
@@ -56,9 +57,18 @@ def frame_row(where: dict[str, str], models: Models, steps: int) -> Callable[...
             measured[name]["peak_bytes"] = peak_bytes
         row = _row(where, measured, times_us["ours"]) | extra | {"parity": parity}
         row |= {"kernels": chosen, "clip": clip_name, "steps": steps}
+        ours = streams["ours"]
+        row["under_way"] = bus.pipelined(ours, played(clip, 0, RATE_FRAMES))
         if options.device == "cuda" and "profile" not in lost:
             begin("profile", MODEL_SECONDS)
-            row["transfers"] = transfers(streams["ours"], clip)
+            row["host_us"] = bus.host_us(ours, played(clip, 0, RATE_FRAMES))
+            row["device"] = frame_profile.profile(lambda: ours.push(clip[0]))
+            row["plan"] = {
+                "launches": len(ours.record().launches),
+                "arena_bytes": ours.plan.arena_bytes if ours.plan else 0,
+                "peak_bytes": ours.record().peak_bytes,
+            }
+            row["transfers"] = bus.transfers(ours, played(clip, 0, PROFILED_FRAMES))
             if not row["transfers"]["only_the_frame"]:
                 reason = f"more crosses the bus than the frame: {row['transfers']['per_frame'][0]}"
                 outcome.failures.append(_failure(where, reason))
@@ -92,7 +102,7 @@ def read_clip(options: Options) -> tuple[np.ndarray, str]:
     return frames, f"{path.name}, {len(frames)} frames"
 
 
-def _played(clip: np.ndarray, first: int, count: int) -> Iterator[np.ndarray]:
+def played(clip: np.ndarray, first: int, count: int) -> Iterator[np.ndarray]:
     """`count` frames from `first` on, to and fro, so that there is no cut."""
     period = max(1, 2 * len(clip) - 2)
     for i in range(first, first + count):
@@ -108,7 +118,7 @@ def _parity(
     def pictures(pair: Any, policy: str) -> torch.Tensor:
         stream = FrameStream(*pair, steps=steps, policy=policy, graph=False)
         return torch.stack(
-            [torch.from_numpy(stream.push(f)) for f in _played(clip, 0, PARITY_FRAMES)]
+            [torch.from_numpy(stream.push(f)) for f in played(clip, 0, PARITY_FRAMES)]
         ).double()
 
     def error(out: torch.Tensor) -> float:
@@ -133,7 +143,9 @@ def _streams(
         "ours": lambda: FrameStream(*models.plain, steps=steps, policy="auto"),
     }
     if on_gpu:
-        ways["cuda-graph"] = lambda: FrameStream(*models.plain, steps=steps, policy="torch")
+        ways["cuda-graph"] = lambda: FrameStream(
+            *models.plain, steps=steps, policy="torch", arena=False
+        )
         if with_compile:
             ways["torch-compile"] = lambda: _compiled_stream(models, steps)
     streams, peaks, extra = {}, {}, {}
@@ -142,7 +154,7 @@ def _streams(
         started = time.perf_counter()
         before = _reset_peak() if on_gpu else 0
         streams[name] = make()
-        for frame in _played(clip, 0, WARM_UP_FRAMES):
+        for frame in played(clip, 0, WARM_UP_FRAMES):
             streams[name].push(frame)
         if on_gpu:
             peaks[name] = torch.cuda.max_memory_allocated() - before + weights
@@ -158,7 +170,7 @@ def _compiled_stream(models: Models, steps: int) -> FrameStream:
         if method not in vars(module):
             compiled = torch.compile(getattr(module, method), fullgraph=True, dynamic=False)
             setattr(module, method, compiled)
-    return FrameStream(denoiser, autoencoder, steps=steps, policy="torch")
+    return FrameStream(denoiser, autoencoder, steps=steps, policy="torch", arena=False)
 
 
 def _reset_peak() -> int:
@@ -178,7 +190,7 @@ def _run_clip(
         for name, stream in streams.items():
             share = SHARES.get(name, 1) if len(streams) > 2 else 1
             count = max(5, options.frames // (BLOCKS * share))
-            for frame in _played(clip, len(times_us[name]), count):
+            for frame in played(clip, len(times_us[name]), count):
                 started = time.perf_counter()
                 stream.push(frame)
                 times_us[name].append((time.perf_counter() - started) * 1e6)
@@ -212,52 +224,6 @@ def _row(
         "peer_frames": measured,
         "samples_us": [round(sample, 1) for sample in samples_us],
     }
-
-
-def transfers(stream: FrameStream, clip: np.ndarray) -> dict[str, Any]:
-    """What crosses the bus during some frames, from the profiler's own records.
-
-    Returns:
-        {"per_frame": [[{"name", "bytes"}, ...] of each frame], "frame_bytes": H W 3,
-         "only_the_frame": one copy in and one copy out of exactly frame_bytes in every frame}
-    """
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for i, frame in enumerate(_played(clip, 0, PROFILED_FRAMES)):
-            with record_function(f"frame {i}"):
-                stream.push(frame)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    spans = {
-        e["name"]: (e["ts"], e["ts"] + e["dur"])
-        for e in events
-        if e.get("cat") == "user_annotation" and e["name"].startswith("frame ")
-    }
-    copies = [e for e in events if e.get("cat") == "gpu_memcpy" and "DtoD" not in e["name"]]
-    per_frame = [
-        [
-            {"name": e["name"], "bytes": e["args"].get("bytes")}
-            for e in copies
-            if begin <= e["ts"] < end
-        ]
-        for begin, end in spans.values()
-    ]
-    frame_bytes = int(clip[0].nbytes)
-    allowed = functools.partial(_is_the_frame, frame_bytes=frame_bytes)
-    return {
-        "per_frame": per_frame,
-        "frame_bytes": frame_bytes,
-        "only_the_frame": len(per_frame) == PROFILED_FRAMES and all(map(allowed, per_frame)),
-    }
-
-
-def _is_the_frame(copies: list[dict[str, Any]], frame_bytes: int) -> bool:
-    """One copy in, one copy out, each of exactly one frame."""
-    directions = sorted("in" if "HtoD" in copy["name"] else "out" for copy in copies)
-    return directions == ["in", "out"] and all(copy["bytes"] == frame_bytes for copy in copies)
 
 
 def _failure(where: dict[str, str], reason: str) -> dict[str, Any]:

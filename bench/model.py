@@ -172,11 +172,27 @@ def _unet_step(where: dict[str, str], models: Models, limits: dict[str, Any]):
                 plainly.add("torch-compile")
         begin("timing", STEP_SECONDS)
         timings = measure(contenders, options.device, effort=options.effort, plainly=plainly)
+        extra["prepared_us"] = _prepared_us(unet, inputs, options)
         weight_bytes = sum(p.numel() * p.element_size() for p in unet.parameters())
         work = counter.get_total_flops(), weight_bytes
         return Outcome(rows=[model_row(where, timings, work, limits) | extra])
 
     return run
+
+
+def _prepared_us(unet: Any, inputs: tuple[Tensor, ...], options: Options) -> dict[str, Any]:
+    """The network alone, as a stream runs it: what depends on the noise level and on the prompt
+    was computed before. Ours, and torch's kernels in a CUDA graph.
+    """
+    x, timesteps, context, level = inputs
+    with torch.no_grad():
+        biases, keys = unet.noise_biases(timesteps, level), unet.context_keys(context)
+        network = {
+            "ours": under("auto", lambda: unet(x, biases, keys)),
+            "cuda-graph": under("torch", lambda: unet(x, biases, keys)),
+        }
+        timings = measure(network, options.device, effort=options.effort)
+    return {name: timing.percentiles_us for name, timing in timings.items()}
 
 
 def unet_inputs(config: Any, options: Options, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mirage_hello.bench import composed, frames, peers, worker
+from mirage_hello.bench import bus, composed, frames, peers, worker
 from mirage_hello.bench.case import PEERS
 from mirage_hello.bench.rows import INTERPRETED, Options, left_out, op_named, prepare
 from mirage_hello.kernels import conv2d_fused, ops
@@ -80,9 +80,9 @@ def test_the_ways_with_sums_compute_the_same(name, way, monkeypatch):
 class TestModelRows:
     def test_a_clip_plays_to_and_fro(self):
         clip = np.arange(4)
-        assert [*frames._played(clip, 0, 9)] == [0, 1, 2, 3, 2, 1, 0, 1, 2]
-        assert [*frames._played(clip, 3, 3)] == [3, 2, 1]
-        assert [*frames._played(clip[:1], 0, 3)] == [0, 0, 0]
+        assert [*frames.played(clip, 0, 9)] == [0, 1, 2, 3, 2, 1, 0, 1, 2]
+        assert [*frames.played(clip, 3, 3)] == [3, 2, 1]
+        assert [*frames.played(clip[:1], 0, 3)] == [0, 0, 0]
 
     def test_the_shipped_clip_is_read_at_the_size_asked_for(self):
         clip, name = frames.read_clip(Options(size=(64, 96), frames=12))
@@ -105,4 +105,4 @@ class TestModelRows:
     )
     def test_what_may_cross_the_bus(self, copies, only_the_frame):
         listed = [{"name": name, "bytes": size} for name, size in copies]
-        assert frames._is_the_frame(listed, frame_bytes=12) == only_the_frame
+        assert bus._is_the_frame(listed, frame_bytes=12) == only_the_frame
