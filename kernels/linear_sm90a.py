@@ -131,7 +131,8 @@ def _launch(
     if problem or blocks < tile.split:
         problem = problem or f"{blocks} K blocks cannot be split over {tile.split}"
         raise ValueError(f"{op}: {tile}: {problem}; choose another tile")
-    tile = tile.fitted(blocks, gated, norm or fp8, residual is not None)
+    tiles, tiles_x = tile.tiles(rows, n, gated)
+    tile = tile.fitted(tile.loads(tiles, blocks), gated, norm or fp8, residual is not None)
     columns = tile.columns(gated)
     maps = (
         loader.tensor_map(
@@ -142,10 +143,8 @@ def _launch(
         ),
         loader.tensor_map(weight, (per_block, columns)),
     )
-    tiles_x = -(-rows // tile.block_m)
     reciprocal = -(-(2**63) // tiles_x)
     added = () if residual is None else (residual,)
-    tiles = tiles_x * -(-n // columns)
     short, name = SHORT_NAME[x.dtype], op + ("_norm" if norm else "")
     if out_scale is not None:
         name, statistics = f"{name}_to_e4m3", (*statistics, 1.0 / out_scale)

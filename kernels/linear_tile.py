@@ -96,10 +96,16 @@ class Tile:
         places = {"RECEIVED": received, "STRIPS": strips_at, "VECTORS": vectors_at, "BARS": bars}
         return {**places, "BYTES": bars + 16 * stages + 8}
 
+    def tiles(self, rows: int, n: int, gated: bool) -> tuple[int, int]:
+        """Of an output [rows, n]: (all, in a column)."""
+        column = -(-rows // self.block_m)
+        return column * -(-n // self.columns(gated)), column
+
     def fitted(
-        self, blocks: int, gated: bool = False, factors: bool = False, residual: bool = False
+        self, loads: int, gated: bool = False, factors: bool = False, residual: bool = False
     ) -> "Tile":
-        """With `stages` filled in, at most what the K blocks of all its tiles can use.
+        """With `stages` filled in, at most `loads`: the K blocks of all tiles of one block. Memory
+        that is not asked for lets the next kernel's blocks start beside these.
 
         Raises:
             ValueError: nothing fits the shared memory.
@@ -107,11 +113,7 @@ class Tile:
         if self.stages:
             return self
         room = SMEM_BYTES[self.blocks_per_sm]
-        if self.split > 1:
-            most = max(-(-blocks // self.split), 2)
-        else:
-            most = MAX_STAGES
-        for stages in range(min(most, MAX_STAGES), 1, -1):
+        for stages in range(min(max(loads, 2), MAX_STAGES), 1, -1):
             if self.layout(stages, gated, factors, residual)["BYTES"] <= room:
                 return replace(self, stages=stages)
         raise ValueError(
@@ -144,13 +146,17 @@ class Tile:
             return tiles * self.split
         return min(tiles, MULTIPROCESSORS * self.blocks_per_sm)
 
+    def loads(self, tiles: int, blocks: int) -> int:
+        """K blocks that one block of the launch loads, at most."""
+        return -(-blocks // self.split) * -(-tiles * self.split // self.grid(tiles))
+
     def clocks(self, rows: int, n: int, blocks: int, gated: bool = False) -> float:
         """Estimated clocks of out[rows][n] with `blocks` K blocks.
 
         A K block takes the longest of its products, of shared memory's work (wgmma reads x and
         weight, TMA writes them) and of its loads. An epilogue hides where another tile multiplies.
         """
-        tiles = -(-rows // self.block_m) * -(-n // self.columns(gated))
+        tiles, _ = self.tiles(rows, n, gated)
         area = self.block_m // 64 * self.block_n
         loaded = 128 * (self.block_m + self.block_n)
         read = 4 * (self.block_m // 64) * (2048 + 32 * self.block_n)

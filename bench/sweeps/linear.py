@@ -58,14 +58,19 @@ def draw(*shape: int, scale: float = 1.0) -> Tensor:
 
 
 def programs(
-    op: str, k: int, residual: bool = False, norm: bool = False, dtype: str = "bf16"
+    op: str,
+    shape: tuple[int, int, int],
+    residual: bool = False,
+    norm: bool = False,
+    dtype: str = "bf16",
 ) -> Callable[[Tile], loader.Program]:
-    """Tile -> its program, which ptxas may compile before the first launch."""
-    fp8 = dtype == "e4m3"
+    """Tile -> its program for [M, K, N], which ptxas may compile before the first launch."""
+    fp8, gated, (m, k, n) = dtype == "e4m3", op == "geglu", shape
     blocks = -(-k // (128 if fp8 else 64))
 
     def made(tile: Tile) -> loader.Program:
-        fitted = tile.fitted(blocks, op == "geglu", norm or fp8, residual)
+        tiles, _ = tile.tiles(m, n // 2 if gated else n, gated)
+        fitted = tile.fitted(tile.loads(tiles, blocks), gated, norm or fp8, residual)
         return gemm.program(op, fitted, dtype, norm, residual)
 
     return made
@@ -120,7 +125,7 @@ def linear_case(m: int, k: int, n: int, residual: bool = False) -> Case:
         lambda tile: gemm.linear_sm90a(*args, tile=tile),
         {"cublas, add" if residual else "cublas": eager},
         judged(eager(), truth),
-        programs("linear", k, residual),
+        programs("linear", (m, k, n), residual),
     )
 
 
@@ -135,7 +140,7 @@ def gated_case(m: int, k: int, n: int) -> Case:
         lambda tile: gemm.geglu_sm90a(x, weight, bias, tile=tile),
         {"cublas, gelu, product": eager, "compiled": torch.compile(eager)},
         judged(eager(), reference.geglu(*(t.double() for t in (x, weight, bias)))),
-        programs("geglu", k),
+        programs("geglu", (m, k, n)),
     )
 
 
@@ -155,7 +160,7 @@ def normed_case(op: str, m: int, k: int, n: int) -> Case:
         lambda tile: fused(x, folded, tile=tile),
         {"layer_norm, cublas": eager, "compiled": torch.compile(eager)},
         judged(eager(), of(normal, weight.double(), bias.double())),
-        programs(op, k, norm=True),
+        programs(op, (m, k, n), norm=True),
     )
 
 
@@ -178,7 +183,7 @@ def fp8_case(m: int, k: int, n: int) -> Case:
             "ours bf16": lambda: gemm.linear_sm90a(x, weight, bias),
         },
         judge,
-        programs("linear", k, dtype="e4m3"),
+        programs("linear", (m, k, n), dtype="e4m3"),
     )
     out = case.run(tile=None).double()
     errors = [((out - t).norm() / t.norm()).item() for t in (quantised, exact)]
