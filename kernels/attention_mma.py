@@ -31,7 +31,7 @@ class Tile:
     blocks_per_sm: int = 2
     q_kept: int = 16
     fence: int = 0
-    skew: int = 0
+    stages: int = 2
 
     @property
     def block_m(self) -> int:
@@ -39,16 +39,11 @@ class Tile:
 
     def smem_bytes(self, head_dim: int) -> int:
         """Q and two buffers of K and V, rows in pieces of 128 B."""
-        return -(-head_dim // 64) * 128 * (self.block_m + (6 if self.skew else 4) * self.block_n)
+        return -(-head_dim // 64) * 128 * (self.block_m + 2 * self.stages * self.block_n)
 
     def program(self, head_dim: int, kind: str) -> loader.Program:
         sizes = {name.upper(): size for name, size in asdict(self).items()}
-        return loader.program(
-            "attention_skewed.sm80" if self.skew else "attention.sm80",
-            HEAD_DIM=head_dim,
-            dtype=kind,
-            **sizes,
-        )
+        return loader.program("attention.sm80", HEAD_DIM=head_dim, dtype=kind, **sizes)
 
 
 def choose_tile(head_dim: int) -> Tile:
@@ -87,7 +82,8 @@ def cuda_source(head_dim: int, dtype: torch.dtype, **switches: int) -> loader.Pr
 def cuda_tile(head_dim: int, **switches: int) -> Tile:
     """The tile that kernels/cuda/attention.cu takes."""
     block_n = 64 if head_dim <= 128 else 32 if head_dim <= 192 else 16
-    return Tile(switches.get("M_TILES", 2 if head_dim <= 64 else 1), block_n)
+    m_tiles = switches.get("M_TILES", 2 if head_dim <= 64 else 1)
+    return Tile(m_tiles, switches.get("KEYS", block_n))
 
 
 def _launch(

@@ -49,6 +49,7 @@ def test_sm80_in_the_emulator(queries, keys, head_dim, dtype):
         (20, 77, 80, F16, {}),
         (3, 40, 160, BF16, {}),
         (70, 100, 64, BF16, {"M_TILES": 1}),
+        (70, 100, 128, BF16, {"M_TILES": 2, "KEYS": 32}),
         (20, 100, 40, BF16, {"M_TILES": 1, "ASYNC": 0}),
         (20, 100, 40, BF16, {"M_TILES": 1, "ASYNC": 0, "SWIZZLE": 0}),
     ],
@@ -73,10 +74,10 @@ def test_cuda_source_in_the_emulator(queries, keys, head_dim, dtype, switches):
 
 
 TILES = [
-    (40, Tile(2, 64, 4, 4, 2, 1)),
+    (40, Tile(2, 64, 4, 4, 2, 1, 3)),
     (64, Tile(1, 128, 8, 1, 3)),
     (128, Tile(2, 32, 4, 2, 4, 1)),
-    (160, Tile(1, 48, 4, 2, 5, 1)),
+    (160, Tile(1, 48, 4, 2, 5, 1, 3)),
 ]
 
 

@@ -40,11 +40,16 @@ CASES = {
     "h8 4096x16384 d64": (1, 8, 4096, 16384, 64),
 }
 LADDER_CASES = ("h8 4096x4096 d40", "h10 4096x4096 d64", "h16 8192x8192 d128")
-# Steps of kernels/cuda/attention.cu: what each brought on top of the one above it
+# Steps of kernels/cuda/attention.cu, each on top of those above it
+ONE = {"M_TILES": 1, "KEYS": 64, "RESCALE_ABOVE": 0}
 LADDER = {
-    "plain copies, rows as they are": {"SWIZZLE": 0, "ASYNC": 0, "M_TILES": 1},
-    "swizzled rows": {"ASYNC": 0, "M_TILES": 1},
-    "cp.async into two buffers": {"M_TILES": 1},
+    "plain copies, rows as they are": {**ONE, "SWIZZLE": 0, "ASYNC": 0},
+    "swizzled rows": {**ONE, "ASYNC": 0},
+    "cp.async into two buffers": ONE,
+    "32 query rows a warp": {"M_TILES": 2, "RESCALE_ABOVE": 0},
+    "32 query rows a warp, 32 keys": {"M_TILES": 2, "KEYS": 32, "RESCALE_ABOVE": 0},
+    "rescaling only where needed": {"M_TILES": 2},
+    "rescaling only where needed, 32 keys": {"M_TILES": 2, "KEYS": 32},
     "as it is": {},
 }
 SMEM = 101376  # bytes a block may have on compute capability 8.6 and 8.9, the least of sm_80 on
@@ -54,27 +59,23 @@ def tiles(n: int, m: int, d: int) -> list[Tile]:
     """Tiles worth timing at this shape."""
     found = [choose_tile(d)]
     if d <= 64:
-        for bn, blocks, fence in product((64, 128), (2, 3) + (4,) * (d <= 48), (0, 1)):
-            found += [Tile(2, bn, 4, blocks, 16, fence)]
-        found += [Tile(1, bn, 4, x, 16, f) for bn, x, f in product((64, 128), (3, 4), (0, 1))]
-        found += [Tile(2, 64, 2, 4, 16, 1), Tile(2, 64, 4, 3, 2, 1)]
-        for bn, blocks, fence in product((32, 64), (2, 3), (0, 1)):
-            found += [Tile(2, bn, 4, blocks, 16, fence, 1)]
-        found += [Tile(1, 64, 4, x, 16, f, 1) for x, f in product((3, 4), (0, 1))]
+        for bn, stages, fence in product((32, 64), (2, 3), (0, 1)):
+            found += [Tile(2, bn, 4, x, 16, fence, stages) for x in (2, 3)]
+        for blocks, fence in product((3, 4), (0, 1)):
+            found += [Tile(1, 64, 4, blocks, 16, fence, x) for x in (2, 3)]
     elif d <= 80:
-        found += [Tile(1, bn, 4, x, 16, f) for bn, x, f in product((32, 64, 128), (1, 3), (0, 1))]
-        found += [Tile(2, 64, w, 4 // w * 2, 16, f) for w, f in product((2, 4), (0, 1))]
-        found += [Tile(1, bn, 4, 3, 16, f, 1) for bn, f in product((32, 64), (0, 1))]
+        for bn, fence, stages in product((32, 48, 64), (0, 1), (2, 3)):
+            found += [Tile(1, bn, 4, 3, 16, fence, stages)]
+        found += [Tile(2, 32, 4, 2, 16, f, x) for f, x in product((0, 1), (2, 3))]
     elif d <= 128:
-        for bn, kept, fence in product((32, 64), (0, 2, 4, 8), (0, 1)):
+        for bn, kept, fence in product((16, 32, 48), (2, 4, 6, 8), (0, 1)):
             found += [Tile(2, bn, 4, 2, kept, fence)]
-        found += [Tile(2, 32, 4, 2, kept, f, 1) for kept, f in product((0, 2, 4, 8), (0, 1))]
-        found += [Tile(1, 64, 4, x, 16, f) for x, f in product((2, 3), (0, 1))]
-        found += [Tile(1, 32, 4, x, 16, f, 1) for x, f in product((2, 3), (0, 1))]
+        found += [Tile(2, 32, 4, 2, kept, f, 3) for kept, f in product((2, 4, 8), (0, 1))]
+        found += [Tile(1, 64, 4, 2, 16, f) for f in (0, 1)]
     else:
-        found += [Tile(1, bn, 4, x, 16, f) for bn, x, f in product((16, 32, 48), (1, 2), (0, 1))]
-        found += [Tile(1, bn, 2, 2, 16, f) for bn, f in product((16, 32), (0, 1))]
-        found += [Tile(1, 32, w, 2, 16, f, 1) for w, f in product((2, 4), (0, 1))]
+        for bn, fence, stages in product((16, 32, 48), (0, 1), (2, 3)):
+            found += [Tile(1, bn, 4, 2, 16, fence, stages)]
+        found += [Tile(1, 32, 2, 2, 16, f) for f in (0, 1)]
     return [t for t in dict.fromkeys(found) if t.smem_bytes(d) <= SMEM]
 
 
@@ -129,8 +130,6 @@ def contenders(name: str) -> dict[str, tuple[loader.Program, Callable[..., Tenso
     for step, switches in LADDER.items():
         if switches and name not in LADDER_CASES:
             continue
-        if switches.get("M_TILES") == attention_mma.cuda_tile(d).m_tiles:
-            switches = {k: x for k, x in switches.items() if k != "M_TILES"}
         run = lambda q, k, v, s=switches: attention_mma.attention_cuda(q, k, v, **s)  # noqa: E731
         program = attention_mma.cuda_source(d, torch.bfloat16, **switches)
         found[f"cuda: {step}"] = program, run

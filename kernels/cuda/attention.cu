@@ -11,6 +11,8 @@
 //   5. SWIZZLE: ldmatrix reads 8 rows of 16 bytes from 8 different bank groups
 //   6. ASYNC: the next block of K and V travels by cp.async while this one is computed
 //   7. M_TILES: a warp has 32 query rows, so each fragment of K and V feeds twice the products
+//   8. RESCALE_ABOVE: 2^(s - m) is as exact with an older m, so O and l are rescaled only when a
+//      maximum has grown by more than 8 (probabilities up to 256, then; they are floating point)
 //
 // Registers of mma.m16n8k16, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix fragments"):
 //   A (16 x 16): rows g and g + 8, columns 2t, 2t+1 and 8 more;   C (16 x 8): rows g, g + 8, columns 2t,
@@ -35,10 +37,16 @@ using Element = ELEMENT;
 #ifndef M_TILES  // of 16 rows a warp
 #define M_TILES (HEAD_DIM <= 64 ? 2 : 1)
 #endif
+#ifndef KEYS
+#define KEYS (HEAD_DIM <= 128 ? 64 : HEAD_DIM <= 192 ? 32 : 16)
+#endif
+#ifndef RESCALE_ABOVE  // in units of the exponent; 0: at every new maximum
+#define RESCALE_ABOVE 8
+#endif
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int BLOCK_M = 16 * M_TILES * WARPS;
-constexpr int BLOCK_N = HEAD_DIM <= 128 ? 64 : HEAD_DIM <= 192 ? 32 : 16;
+constexpr int BLOCK_N = KEYS;
 constexpr int K_STEPS = (HEAD_DIM + 15) / 16;  // of Q K^T, 16 columns each, zeros past HEAD_DIM
 constexpr int PIECES = 2 * K_STEPS;            // 16-byte pieces of a row
 constexpr int CHUNKS = (PIECES + 7) / 8;       // 128-byte pieces of a row
@@ -67,15 +75,22 @@ __device__ void copy_piece(u32 to, const Element* source, bool inside) {
     }
 }
 
-// Rows `first`.. of one head to shared memory; rows from `end` on and columns past HEAD_DIM are zeros.
+// `rows` rows of one head to shared memory; rows from `count` on and columns past HEAD_DIM are zeros.
+// Eight threads copy 128 bytes of a row; a thread's rows are THREADS / 8 apart.
 template <int rows>
-__device__ void load_rows(u32 to, const Element* from, i64 stride, int first, int end) {
+__device__ void load_rows(u32 to, const Element* from, i64 stride, int count) {
+    const int first = threadIdx.x / 8, piece = threadIdx.x % 8;
+    from += first * stride + piece * 8;
 #pragma unroll
-    for (int i = threadIdx.x; i < rows * PIECES; i += THREADS) {
-        const int row = i / PIECES, piece = i % PIECES;
-        const bool inside = first + row < end && piece < HEAD_DIM / 8;
-        const Element* source = inside ? from + (first + row) * stride + piece * 8 : from;
-        copy_piece(to + at<rows>(row, piece), source, inside);
+    for (int row = first; row < first + rows; row += THREADS / 8, from += THREADS / 8 * stride) {
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            const int column = 8 * chunk + piece;
+            if (column < PIECES) {
+                copy_piece(to + at<rows>(row, column), from + chunk * 64,
+                           row < count && column < HEAD_DIM / 8);
+            }
+        }
     }
 }
 
@@ -189,33 +204,50 @@ struct Rows {
         }
     }
 
-    // s = 2^(c s - c m) with the new row maxima m; O and l follow them.
-    __device__ void softmax(float c) {
+    // Row maxima. Where one has outgrown m by too much, m, O and l of these rows follow.
+    __device__ void follow_maxima(float c) {
+        float largest[M_TILES][2];
+        bool outgrown = false;
 #pragma unroll
         for (int t = 0; t < M_TILES; t++) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                float largest = m[t][r];
+                float x = m[t][r];
 #pragma unroll
                 for (int j = 0; j < S_TILES; j++) {
-                    largest = fmaxf(largest, fmaxf(s[t][j][2 * r], s[t][j][2 * r + 1]));
+                    x = fmaxf(x, fmaxf(s[t][j][2 * r], s[t][j][2 * r + 1]));
                 }
-                largest = quad_max(largest);
-                const float rescale = exp2_fast((m[t][r] - largest) * c);
-                m[t][r] = largest;
+                largest[t][r] = quad_max(x);
+                outgrown |= (largest[t][r] - m[t][r]) * c > RESCALE_ABOVE;
+            }
+        }
+        if (!__any_sync(~0u, outgrown)) return;
+#pragma unroll
+        for (int t = 0; t < M_TILES; t++) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const float rescale = exp2_fast((m[t][r] - largest[t][r]) * c);
+                m[t][r] = largest[t][r];
                 l[t][r] *= rescale;
 #pragma unroll
                 for (int j = 0; j < O_TILES; j++) {
                     o[t][j][2 * r] *= rescale;
                     o[t][j][2 * r + 1] *= rescale;
                 }
+            }
+        }
+    }
+
+    // s = 2^(c s - c m), and the sums of the rows.
+    __device__ void exponentials(float c) {
 #pragma unroll
-                for (int j = 0; j < S_TILES; j++) {
+        for (int t = 0; t < M_TILES; t++) {
 #pragma unroll
-                    for (int e = 2 * r; e < 2 * r + 2; e++) {
-                        s[t][j][e] = exp2_fast(fmaf(s[t][j][e], c, -largest * c));
-                        l[t][r] += s[t][j][e];
-                    }
+            for (int j = 0; j < S_TILES; j++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    s[t][j][e] = exp2_fast(fmaf(s[t][j][e], c, -m[t][e / 2] * c));
+                    l[t][e / 2] += s[t][j][e];
                 }
             }
         }
@@ -284,26 +316,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     // Load
     const auto load_keys = [&](int block) {
         const u32 to = smem_kv + block % 2 * 2 * KV_BYTES;
-        load_rows<BLOCK_N>(to, k, k_n, block * BLOCK_N, keys);
-        load_rows<BLOCK_N>(to + KV_BYTES, v, v_n, block * BLOCK_N, keys);
+        const int first = block * BLOCK_N;
+        load_rows<BLOCK_N>(to, k + first * k_n, k_n, keys - first);
+        load_rows<BLOCK_N>(to + KV_BYTES, v + first * v_n, v_n, keys - first);
         asm volatile("cp.async.commit_group;");
     };
-    load_rows<BLOCK_M>(smem_q, q, q_n, first_query, queries);
+    load_rows<BLOCK_M>(smem_q, q + first_query * q_n, q_n, queries - first_query);
     load_keys(0);
 
     // Compute
     Rows rows;
     rows.clear();
-    const int blocks = (keys + BLOCK_N - 1) / BLOCK_N;
-    for (int block = 0; block < blocks; block++) {
+    const int last = (keys - 1) / BLOCK_N;
+    for (int block = 0; block <= last; block++) {
         asm volatile("cp.async.wait_group 0;" ::: "memory");
         __syncthreads();  // the block has arrived for all, and nobody reads the other buffer any more
         if (block == 0) rows.load_queries(smem_q, warp_row, lane);
-        if (block + 1 < blocks) load_keys(block + 1);
+        if (block < last) load_keys(block + 1);
         const u32 smem_k = smem_kv + block % 2 * 2 * KV_BYTES;
         rows.score(smem_k, lane);
-        if (block * BLOCK_N + BLOCK_N > keys) rows.mask(keys - block * BLOCK_N, lane);
-        rows.softmax(scale_log2);
+        if (block == last) rows.mask(keys - block * BLOCK_N, lane);
+        rows.follow_maxima(scale_log2);
+        rows.exponentials(scale_log2);
         rows.accumulate(smem_k + KV_BYTES, lane);
     }
 
