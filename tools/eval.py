@@ -119,11 +119,12 @@ def candidates(args: argparse.Namespace, device) -> list[tuple[str, Candidate]]:
     """(group, Candidate) in the order of the results."""
     import torch
 
+    from mirage_hello.model import shipped
     from mirage_hello.model.checkpoint import load
     from mirage_hello.model.evaluation import Candidate
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as at run time
-    networks = load(args.checkpoint or shipped(), dtype, device)
+    networks = load(args.checkpoint or shipped.path("tiny"), dtype, device)
     steps, short = args.steps[-1], args.short
     found = [("models", Candidate(f"{n}-step", *networks, n, short=short)) for n in args.steps]
     if args.teacher:
@@ -142,21 +143,6 @@ def candidates(args: argparse.Namespace, device) -> list[tuple[str, Candidate]]:
         other = Candidate(name, *load(Path(path), dtype, device), steps, short=True)
         found.append(("ablations", other))
     return found
-
-
-def shipped() -> Path:
-    """The weights in the package.
-
-    Raises:
-        FileNotFoundError: this copy has none; the text says how to get them.
-    """
-    folder = Path(__file__).resolve().parent.parent / "model" / "weights"
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
-        raise FileNotFoundError(
-            f"no shipped weights in {folder}; give --checkpoint, or make them with `mirage train`"
-        )
-    return found[0]
 
 
 def requirements(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from mirage_hello.model.stream import FrameStream
+    from mirage_hello.model.unet import VideoUNet
 
 INTERRUPTED = 130
 UNTRAINED = "the weights are random: until they are trained the picture is meaningless"
@@ -26,6 +27,7 @@ EXAMPLES = """\
   mirage run phone.mov -o out.mkv --preset 880m --steps 4 --size 512x512 --device cuda
   mirage run clip.mp4 -o out.mp4 --backend ptx,auto            ptx where it can run
   mirage run clip.mp4 -o out.mp4 --backend attention=triton,conv2d=torch
+  mirage run clip.mp4 -o out.mp4 --style neon_city
   mirage run clip.mp4 -o out.mp4 --max-frames 48 --json
 
 exit codes: 0 done (a truncated input too: its frames are kept and a warning says so),
@@ -40,13 +42,13 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("input", type=Path, metavar="INPUT", help="any container and codec that FFmpeg reads")
     add("-o", "--output", type=Path, required=True, help="H.264 in .mp4, .m4v, .mov or .mkv")
-    add("--preset", help="tiny, 391m or 880m (default: 880m on a GPU, tiny on a CPU)")
+    add("--preset", help="tiny (trained), 391m or 880m (random weights); default: tiny")
     add("--checkpoint", type=Path, help="trained weights (.safetensors); they bring their preset")
     add("--steps", type=int, default=1, help="denoising steps a frame (default: 1)")
     add("--size", metavar="WxH", help="scale to this size (default: the input's own)")
     add("--dtype", help="fp32, fp16 or bf16 (default: bf16 on a GPU, fp32 on a CPU)")
     add("--backend", default="auto", help=arguments.BACKEND_HELP)
-    add("--style", help="a style the model has learned, by name or number (default: the first)")
+    add("--style", help="by name or number (default: the first); clay:2+snow_night mixes two")
     add("--seed", type=int, default=0, help="of the weights and the noise (default: 0)")
     add("--max-frames", type=int, help="stop after this many frames")
     arguments.add_device(parser)
@@ -89,7 +91,7 @@ def open_stream(args: argparse.Namespace, size: tuple[int, int]) -> FrameStream:
     device = arguments.device(args.device)
     dtype = arguments.dtype(args.dtype or ("bf16" if device.type == "cuda" else "fp32"))
     policy = arguments.backend_policy(args.backend)
-    name = args.preset or ("880m" if device.type == "cuda" else "tiny")
+    name = args.preset or "tiny"
     if name not in presets.PRESETS:
         raise BadInput("--preset: " + unknown_name("preset", name, presets.PRESETS))
     with sentences(size):
@@ -100,7 +102,7 @@ def open_stream(args: argparse.Namespace, size: tuple[int, int]) -> FrameStream:
             denoiser, autoencoder, steps=args.steps, size=size, policy=policy, seed=args.seed
         )
         if args.style is not None:
-            stream.set_style(_style(args.style, denoiser.unet.config.styles))
+            stream.set_context(style_tokens(args.style, denoiser.unet))
     return stream
 
 
@@ -131,8 +133,10 @@ def sentences(size: tuple[int, int]) -> Iterator[None]:
 def _networks(
     args: argparse.Namespace, name: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, Any]:
-    from mirage_hello.model import checkpoint, presets
+    from mirage_hello.model import checkpoint, presets, shipped
 
+    if args.checkpoint is None and name in shipped.names():
+        return shipped.load(name, dtype, device)
     if args.checkpoint is None:
         return presets.build(name, args.seed, dtype, device)
     try:
@@ -145,6 +149,22 @@ def _networks(
             "since a checkpoint brings its own"
         )
     return networks
+
+
+def style_tokens(text: str, unet: VideoUNet) -> torch.Tensor:
+    """Tokens [1, L, D] of a style, or of a mixture: a:w+b:v is (w a + v b) / (w + v), w, v > 0."""
+    parts = []
+    for part in text.split("+"):
+        name, colon, weight = part.partition(":")
+        try:
+            share = float(weight) if colon else 1.0
+        except ValueError:
+            share = 0.0
+        if not 0 < share < float("inf"):
+            raise BadInput(f"--style: a share must be a positive number (got {part!r})")
+        parts.append((share, unet.style(_style(name.strip(), unet.config.styles))))
+    total = sum(share for share, _ in parts)
+    return sum(share / total * tokens.detach() for share, tokens in parts)
 
 
 def _style(text: str, count: int) -> int:

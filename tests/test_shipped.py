@@ -1,0 +1,57 @@
+"""The weights in the package: whole, checked, loaded by name; and styles by name and mixture."""
+
+import pytest
+import torch
+from training_driver import add_minute_model
+
+from mirage_hello.model import checkpoint, shipped
+from mirage_hello.model.presets import PRESETS, build
+from mirage_hello.tools.errors import BadInput
+from mirage_hello.tools.run import style_tokens
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """A folder with the weights of a minute model."""
+    add_minute_model()
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "weights")
+    denoiser, autoencoder = build("minute", 3)
+    checkpoint.save(tmp_path / "made.safetensors", denoiser, autoencoder)
+    yield shipped.ship(tmp_path / "made.safetensors", "minute"), denoiser
+    PRESETS.pop("minute")
+
+
+def test_shipped_weights_are_loaded_and_trained(weights):
+    _, made = weights
+    denoiser, autoencoder = shipped.load("minute")
+    assert shipped.names() == ["minute"] and denoiser.trained and autoencoder.trained
+    assert torch.equal(denoiser.unet.conv_in.weight, made.unet.conv_in.weight)
+
+
+def test_a_damaged_file_is_named(weights):
+    path, _ = weights
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"minute.safetensors is damaged: its SHA-256 is .* again"):
+        shipped.load("minute")
+    path.write_bytes(content[:100])
+    with pytest.raises(ValueError, match=r"is damaged: .*\(100 bytes\)"):
+        shipped.load("minute")
+
+
+def test_missing_weights_are_one_sentence(weights):
+    with pytest.raises(FileNotFoundError, match=r"no weights of 'large' in .*; give --checkpoint"):
+        shipped.load("large")
+
+
+def test_styles_by_name_number_and_mixture(weights):
+    unet = build("minute")[0].unet
+    clay = style_tokens("clay", unet)
+    assert torch.equal(clay, unet.style(4)) and torch.equal(clay, style_tokens("4", unet))
+    mixed = style_tokens("clay:3+snow_night", unet)
+    torch.testing.assert_close(mixed, 0.75 * unet.style(4) + 0.25 * unet.style(3))
+    for text, message in (("clay:0", "positive number"), ("clay:x", "positive number"),
+                          ("clai", "clay"), ("clay+99", "0 to 7")):  # fmt: skip
+        with pytest.raises(BadInput, match=message):
+            style_tokens(text, unet)
