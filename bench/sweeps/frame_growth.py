@@ -135,11 +135,12 @@ def batch() -> dict:
         level = torch.full((count,), 601.0, device="cuda")
         tokens = torch.randn(count, 77, 768, device="cuda").bfloat16()
 
-        def step(x=x, level=level, tokens=tokens):
-            return unet(x, biases, keys)
-
         with torch.no_grad():
-            biases, keys = unet.noise_biases(level), unet.context_keys(tokens)
+            conditions = unet.noise_biases(level), unet.context_keys(tokens)
+
+            def step(x: torch.Tensor = x, conditions: tuple = conditions) -> torch.Tensor:
+                return unet(x, *conditions)
+
             times: dict = {}
             for policy in ("auto", "torch"):
                 with use(policy):
