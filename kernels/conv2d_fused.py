@@ -18,7 +18,6 @@ of them: 10 serves every GroupNorm(32) of Stable Diffusion's U-Net, concatenated
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,28 +25,7 @@ from torch import Tensor
 
 from mirage_hello import reference
 from mirage_hello.kernels import conv2d_sm90a
-
-
-@dataclass(frozen=True)
-class Norm:
-    """GroupNorm(+SiLU) of a convolution's input, by the sums that the input's producer left.
-
-    Args:
-        sums: of x, float32 [B, S, C / unit, 4].
-        groups: of cat([x, skip]); a group is a whole number of units.
-        weight, bias: [C + C'] in the dtype of x.
-        skip_sums: of the skip, float32 [B, S', C' / unit, 4], where there is one.
-        eps: added to the variance.
-        silu: whether SiLU follows.
-    """
-
-    sums: Tensor
-    groups: int
-    weight: Tensor
-    bias: Tensor
-    skip_sums: Tensor | None = None
-    eps: float = 1e-5
-    silu: bool = True
+from mirage_hello.kernels.conv2d_norm import Norm
 
 
 def conv2d_fused(

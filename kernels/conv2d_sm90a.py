@@ -1,36 +1,18 @@
-"""conv2d on Hopper: the launch of ptx/conv2d.sm90a.ptx.j2 and the choice of its tile."""
+"""conv2d on Hopper: the launch of ptx/conv2d.sm90a.ptx.j2."""
 
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mirage_hello.kernels import tuning
 from mirage_hello.kernels.call import Call, TensorSpec
+from mirage_hello.kernels.conv2d_norm import Norm, merged_early, norm_args
+from mirage_hello.kernels.conv2d_tiles import candidates, choose_tile
 from mirage_hello.kernels.product_sm90a import SHORT_NAME, Tile
 from mirage_hello.ptx import loader
 
-if TYPE_CHECKING:
-    from mirage_hello.kernels.conv2d_fused import Norm
-
-# (warpgroups, block_n): what the registers of a consumer thread hold.
-SHAPES = [(w, n) for w in (1, 2, 3) for n in (32, 48, 64, 80, 96, 112, 128, 160)]
-SHAPES += [(2, 192), (2, 256), (1, 256), (1, 192)]
-
-# Columns of a tile without spills, by consumer warpgroups beside the normalising one
-NORM_WIDEST = {1: 256, 2: 192, 3: 128}
-
-# A block merges the sums of a group with 4 threads, 8 loads in flight each. More rounds than these
-# take longer than a kernel of their own (some 700 clocks a round; not measured).
-MERGED_AT_ONCE, MERGE_ROUNDS = 32, 6
-
-# Where a sweep on an H200 found a better tile than the estimate, by choose_tile's arguments.
-MEASURED = {
-    (1, 16, 16, 1280, 180, 3, 3, 1): Tile(2, 96, 4, patch=True),  # 16.9 us; 64x80 split 2: 18.2
-    (1, 8, 8, 1280, 180, 3, 3, 1): Tile(1, 64, 5, patch=True),  # 8.5 us; 64x48 split 4: 9.2
-}
+__all__ = ["candidates", "choose_tile", "conv2d_fused_sm90a", "conv2d_sm90a", "program", "supports"]
 
 
 def conv2d_sm90a(
@@ -60,7 +42,7 @@ def conv2d_fused_sm90a(
     residual: Tensor | None = None,
     skip: Tensor | None = None,
     upsample: bool = False,
-    norm: "Norm | None" = None,
+    norm: Norm | None = None,
     unit: int = 0,
     activation: str | None = None,
     tile: Tile | None = None,
@@ -80,7 +62,7 @@ def conv2d_fused_sm90a(
     grid_p, grid_q = (height, width) if upsample else (p, q)
     shape = (batch * up**2, grid_p, grid_q, outputs, blocks, r, s, stride)
     tile = tile or choose_tile(*shape, unit, 0 if norm is None else norm.groups)
-    norm = norm and _merged_early(norm, x)
+    norm = norm and merged_early(norm, x)
     table_bytes = tile.table_bytes(batch, blocks, r * s, norm.groups) if norm else 0
     tile = tile.fitted(tile.share(blocks), r, s, table_bytes)
     rows = 8 * tile.warpgroups
@@ -106,52 +88,11 @@ def conv2d_fused_sm90a(
             *maps, bias, channel_bias, residual, *((sums, parts) if unit else ()), out, outputs,
             *((math.prod(tiles), *tiles[:2]) if tile.persistent else (tiles_x,) if unit else ()),
             blocks, p, q, tiles_y, padding, channels,
-            *(_norm_args(norm, x, skip, batch if tile.persistent else 1) if norm else ()),
+            *(norm_args(norm, x, skip, batch if tile.persistent else 1) if norm else ()),
         ),
         smem_bytes=tile.layout(r, s)[1] + table_bytes,
     )  # fmt: skip
     return out, sums
-
-
-def merge_sums(sums: Tensor) -> Tensor:
-    """sums [B, S, U, 4] merged over their parts: [B, 1, U, 4]."""
-    batch, parts, units, _ = sums.shape
-    out = torch.empty((batch, 1, units, 4), device=sums.device)
-    merge = loader.program("merge_sums")
-    merge.launch("merge_sums", grid=(units, batch), block=(128,), args=(sums, out, parts))
-    return out
-
-
-def _merged_early(norm: "Norm", x: Tensor) -> "Norm":
-    """A norm with few enough parts that every block can merge them itself."""
-    group_units = norm.weight.numel() // norm.groups * norm.sums.shape[2] // x.shape[1]
-    most = MERGE_ROUNDS * MERGED_AT_ONCE // group_units
-
-    def few(sums: Tensor) -> Tensor:
-        return sums if sums.shape[1] <= max(most, 1) else merge_sums(sums)
-
-    of_skip = None if norm.skip_sums is None else few(norm.skip_sums)
-    return replace(norm, sums=few(norm.sums), skip_sums=of_skip)
-
-
-def _norm_args(norm: "Norm", x: Tensor, skip: Tensor | None, images: int) -> tuple[Any, ...]:
-    """What ptx/normalise.j2 reads: the sums and how a group's entries follow each other."""
-    _, parts, units, _ = norm.sums.shape
-    most = parts
-    of_skip: tuple[Any, ...] = ()
-    if skip is not None:
-        assert norm.skip_sums is not None
-        _, skip_parts, skip_units, _ = norm.skip_sums.shape
-        of_skip = norm.skip_sums, skip_parts, skip_units, skip.shape[1]
-        most = max(parts, skip_parts)
-    width = norm.weight.numel() // norm.groups
-    group_units = width * units // x.shape[1]
-    rounds = -(-most * group_units // MERGED_AT_ONCE)
-    magic = -(-(2**32) // width)
-    return (
-        norm.sums, parts, units, *of_skip, norm.weight, norm.bias, norm.groups, group_units,
-        magic, 4 // group_units, 4 % group_units, rounds, images, norm.eps,
-    )  # fmt: skip
 
 
 def _slots(tile: Tile, unit: int) -> int:
@@ -200,69 +141,6 @@ def _taps(weight: Tensor, block_n: int) -> loader.TensorMap:
     row = c * weight.element_size()
     dims, strides = (c, r * s, o), (row, r * s * row)
     return loader.tensor_map(weight, (64, 1, block_n), dims=dims, strides=strides)
-
-
-def choose_tile(
-    batch: int,
-    p: int,
-    q: int,
-    outputs: int,
-    blocks: int,
-    r: int,
-    s: int,
-    stride: int,
-    unit: int = 0,
-    groups: int = 0,
-) -> Tile:
-    """The tile for `blocks` K blocks: as measured on this card, else by the least estimated time.
-
-    Args:
-        batch, p, q, outputs: of the output; batch counts the four parities of an upsampled image.
-        unit: channels of a sum, 0: no sums; not every tile can make them.
-        groups: of the input's norm, 0: none; it needs a patch and a table of the channels.
-    """
-    shape = (batch, p, q, outputs, blocks, r, s, stride)
-
-    def fitting() -> list[Tile]:
-        found = candidates(blocks, r, s, stride, patch=bool(groups))
-        found = [t for t in found if not unit or t.sum_slots(unit)]
-        return [t for t in found if not groups or _normalises(t, batch, blocks, r, s, groups)]
-
-    def clocks(tile: Tile) -> float:
-        if tile == MEASURED.get(shape):
-            return 0.0
-        tiles = -(-q // 8) * -(-p // (8 * tile.warpgroups)) * batch * -(-outputs // tile.block_n)
-        loaded = tile.pixel_bytes(r, s) / (r * s if tile.patch else 1)
-        return tile.clocks(tiles, blocks, loaded)
-
-    names = ("batch", "p", "q", "outputs", "blocks", "r", "s", "stride", "unit", "groups")
-    key = dict(zip(names, (*shape, unit, groups), strict=True))
-    return tuning.tile_for("conv2d", key, fitting, clocks)
-
-
-def _normalises(tile: Tile, batch: int, blocks: int, r: int, s: int, groups: int) -> bool:
-    """Whether a tile leaves registers and shared memory to a warpgroup that normalises."""
-    if not tile.patch or tile.blocks_per_sm > 1 or tile.block_n > NORM_WIDEST[tile.warpgroups]:
-        return False
-    share = tile.share(blocks)
-    table_bytes = tile.table_bytes(batch, blocks, r * s, groups)
-    return tile.most_stages(share, r, s, table_bytes) >= min(3, share)
-
-
-def candidates(blocks: int, r: int, s: int, stride: int, patch: bool = False) -> list[Tile]:
-    """Every tile whose registers and shared memory fit; patch: also where one tap reads it."""
-    patch = stride == 1 and (patch or r * s > 1)
-    found = []
-    for groups, block_n in SHAPES:
-        tiles = [Tile(groups, block_n, n, patch=patch) for n in range(1, min(blocks, 8) + 1)]
-        tiles.append(replace(tiles[0], persistent=True))
-        if groups == 1 and block_n <= 160:
-            tiles.append(replace(tiles[0], blocks_per_sm=2))
-        for tile in tiles:
-            share = tile.share(blocks)
-            if tile.most_stages(share, r, s) >= min(3, share):
-                found.append(tile)
-    return found
 
 
 def supports(call: Call) -> str | None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from mirage_hello import reference
 from mirage_hello.kernels import conv2d_fused as page
 from mirage_hello.kernels import parity
-from mirage_hello.kernels.conv2d_sm90a import NORM_WIDEST, candidates, conv2d_fused_sm90a, program
+from mirage_hello.kernels.conv2d_sm90a import candidates, conv2d_fused_sm90a, program
+from mirage_hello.kernels.conv2d_tiles import NORM_WIDEST
 from mirage_hello.kernels.product_sm90a import Tile
 from mirage_hello.ptx import assembler
 
