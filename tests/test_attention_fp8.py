@@ -1,5 +1,10 @@
 """attention on e4m3 tensors: the kernel in the emulator and on a GPU, its checks."""
 
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -81,6 +86,16 @@ def test_tiles_in_the_emulator(tile, steep):
     assert_right(attention_fp8(*args, tile=tile), args)
 
 
+@pytest.mark.parametrize("tile", TILES[1:6], ids=str)
+def test_scores_below_zero_in_the_emulator(tile):
+    """Maxima are compared as integers, in whose order negative numbers are not."""
+    q, k, v = (torch.randn(1, n, 1, 64) for n in (40, 600, 600))
+    k = -k.abs() * torch.linspace(0.1, 2, 600)[None, :, None, None]
+    parts = [quantize(t) for t in (q.abs(), k, v)]
+    args = [t for t, _ in parts] + [s for _, s in parts]
+    assert_right(attention_fp8(*args, tile=tile), args)
+
+
 def test_turned_keys_lie_as_a_thread_holds_scores():
     v = torch.arange(1, 19).view(1, 18, 1, 1).float().to(torch.float8_e4m3fn).expand(1, 18, 1, 16)
     turned = turn_keys(v.contiguous()).float()
@@ -98,6 +113,25 @@ def test_assembles_without_spills(head_dim, tile):
     _, said = assembler.ptxas(text, "sm_90a", ("-v",))
     assert " 0 bytes spill stores" in said
     assert "C75" not in said, said
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_exponentials_run_under_the_second_product(tile, tmp_path):
+    """In the machine code: wait for S (1 group in flight), exponentials, wait for P V (none)."""
+    wheel = importlib.util.find_spec("triton")
+    assert wheel, "pip install triton: its wheel has nvdisasm"
+    nvdisasm = Path(wheel.submodule_search_locations[0], "backends/nvidia/bin/nvdisasm")
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(tile.program(128).compile("sm_90a"))
+    done = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True)
+    events = re.findall(r"DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|QGMMA", done.stdout)
+    order = "".join({"MUFU.EX2": "e", "QGMMA": "Q"}.get(x, x[-1]) for x in events)
+    loops = re.findall(r"1(e*)0([^Q]*)", order)
+    assert len(loops) == (2 if tile.maximum == "lazy" else 1), order
+    polynomials = tile.poly * tile.block_n // 16
+    for before, after in loops:
+        assert len(before) >= tile.block_n // 2 - polynomials, order
+        assert "e" not in after, order
 
 
 @pytest.mark.parametrize(
