@@ -32,6 +32,7 @@ class Tile:
     q_kept: int = 16
     fence: int = 0
     stages: int = 2
+    sums: int = 0
 
     @property
     def block_m(self) -> int:

@@ -58,24 +58,25 @@ SMEM = 101376  # bytes a block may have on compute capability 8.6 and 8.9, the l
 def tiles(n: int, m: int, d: int) -> list[Tile]:
     """Tiles worth timing at this shape."""
     found = [choose_tile(d)]
+    flags = list(product((0, 1), repeat=2))
     if d <= 64:
-        for bn, stages, fence in product((32, 64), (2, 3), (0, 1)):
-            found += [Tile(2, bn, 4, x, 16, fence, stages) for x in (2, 3)]
-        for blocks, fence in product((3, 4), (0, 1)):
-            found += [Tile(1, 64, 4, blocks, 16, fence, x) for x in (2, 3)]
+        for bn, stages, (fence, sums) in product((32, 64), (2, 3), flags):
+            found += [Tile(2, bn, 4, x, 16, fence, stages, sums) for x in (2, 3)]
+        found += [Tile(1, 64, 4, 3, 16, f, x, s) for x, (f, s) in product((2, 3), flags)]
+        found += [Tile(1, 64, 4, 4, 16, f, 2, 1) for f in (0, 1)]
     elif d <= 80:
-        for bn, fence, stages in product((32, 48, 64), (0, 1), (2, 3)):
-            found += [Tile(1, bn, 4, 3, 16, fence, stages)]
-        found += [Tile(2, 32, 4, 2, 16, f, x) for f, x in product((0, 1), (2, 3))]
+        for bn, (fence, sums), stages in product((32, 48, 64), flags, (2, 3)):
+            found += [Tile(1, bn, 4, 3, 16, fence, stages, sums)]
+        found += [Tile(2, 32, 4, 2, 16, f, x, s) for (f, s), x in product(flags, (2, 3))]
     elif d <= 128:
-        for bn, kept, fence in product((16, 32, 48), (2, 4, 6, 8), (0, 1)):
-            found += [Tile(2, bn, 4, 2, kept, fence)]
-        found += [Tile(2, 32, 4, 2, kept, f, 3) for kept, f in product((2, 4, 8), (0, 1))]
-        found += [Tile(1, 64, 4, 2, 16, f) for f in (0, 1)]
+        for bn, kept, (fence, sums) in product((16, 32), (2, 4, 6, 8), flags):
+            found += [Tile(2, bn, 4, 2, kept, fence, 2, sums)]
+        found += [Tile(2, 48, 4, 2, 8, f, 2, s) for f, s in flags]
+        found += [Tile(2, 32, 4, 2, kept, f, 3, 1) for kept, f in product((2, 4, 8), (0, 1))]
+        found += [Tile(1, 64, 4, 2, 16, f, 2, s) for f, s in flags]
     else:
-        for bn, fence, stages in product((16, 32, 48), (0, 1), (2, 3)):
-            found += [Tile(1, bn, 4, 2, 16, fence, stages)]
-        found += [Tile(1, 32, 2, 2, 16, f) for f in (0, 1)]
+        for bn, (fence, sums), stages in product((16, 32), flags, (2, 3)):
+            found += [Tile(1, bn, 4, 2, 16, fence, stages, sums)]
     return [t for t in dict.fromkeys(found) if t.smem_bytes(d) <= SMEM]
 
 
