@@ -192,6 +192,28 @@ class TestReadme:
         assert "| 880m 512x512 1 step | ours | 4.00 ms | 4.10 ms | 4.30 ms | 250.0 |" in filled
         assert "| silu | 1 | ptx | 2.00x |" in filled
 
+    def test_hot_and_cold_side_by_side(self):
+        cold = a_row(p50=16.0, cache="cold-weights", peers={"torch-eager": 48.0})
+        text = "<!-- bench:silu/cold -->\n<!-- /bench -->\n"
+        filled = report.fill(text, [a_run(a_row(), cold, a_row(p50=99.0, cache="cold"))])
+        assert (
+            "| 64 KiB fp32 | 30.0 us | 20.0 us | 10.0 us | 2.00x | 48.0 us |  | 16.0 us |" in filled
+        )
+        assert "ours, cold weights" in filled and "hot and cold, commit" in filled
+        assert "| geometric mean |  |  |  | 2.00x |  |  |  | 3.00x |  |  |" in filled
+
+    def test_a_kernel_a_column(self):
+        rows = (a_row(), a_row(p50=12.0, backend="cuda"), a_row(case="1 MiB", p50=40.0))
+        filled = report.fill("<!-- bench:silu/kernels -->\n<!-- /bench -->\n", [a_run(*rows)])
+        assert "| case | best peer | ptx | cuda |" in filled
+        assert "| 64 KiB fp32 | 20.0 us | 10.0 us | 12.0 us |" in filled
+        assert "| 1 MiB fp32 | 20.0 us | 40.0 us |  |" in filled
+
+    def test_an_unknown_kind_of_table(self):
+        text = "<!-- bench:silu/warm -->\n<!-- /bench -->\n"
+        with pytest.raises(BadInput, match="silu/warm"):
+            report.fill(text, [a_run(a_row())])
+
     def test_parity_table_puts_the_closest_first(self):
         rows = [a_row(), a_row("axpby", parity={"error": 9e-8, "allowed": 1e-7})]
         assert [line[0] for line in report_tables.parity(rows, []).rows] == ["axpby", "silu"]

@@ -49,6 +49,7 @@ FAMILIES = {
     "group_norm": ("normalisation", "#0072b2"),
     "group_norm_silu": ("normalisation", "#0072b2"),
     "layer_norm": ("normalisation", "#0072b2"),
+    "norm_conv2d": ("conv2d", "#e69f00"),
     "residual_block": ("model", "#cc79a7"),
     "unet_step": ("model", "#cc79a7"),
 }

@@ -23,11 +23,19 @@ examples:
                                                <!-- bench:attention -->
                                                ...
                                                <!-- /bench -->
-                                             a name is an op, or machine, summary or frame
+                                             a name is an op (hot), OP/cold (hot and cold),
+                                             OP/kernels (each of ours), machine, summary or frame
 
 exit codes: 0 done, 1 a results file was left out (said on stderr), 2 bad input
 """
-MARKED = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n)(?P<old>.*?)(<!-- /bench -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- bench:(?P<name>[\w/-]+) -->\n)(?P<old>.*?)(<!-- /bench -->)", re.DOTALL)
+
+# What follows an op in the name of a marker
+TABLES = {
+    "": report_tables.speed_of_op,
+    "cold": report_tables.hot_and_cold,
+    "kernels": report_tables.kernels_of_op,
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -104,7 +112,7 @@ def fill(text: str, runs: Sequence[run_file.Run], path: Path | str = "README.md"
 
     Args:
         text: Markdown with `<!-- bench:NAME -->` ... `<!-- /bench -->`; NAME is an op of the
-            results, `machine`, `summary` or `frame`.
+            results, also with `/cold` or `/kernels` behind it, `machine`, `summary` or `frame`.
         runs: at least one, oldest first.
         path: named in errors.
 
@@ -127,17 +135,19 @@ def _table(
     if on_cpu(machine):
         return "Not measured on a GPU yet: `mirage bench` on one, then `mirage report --readme`.\n"
     line = f"{report_tables.machine(machine[-1])}."
+    op, _, kind = name.partition("/")
     if name == "machine":
         return f"{line}\n"
     if name == "summary":
         table = report_tables.summary(rows)
     elif name == "frame":
         table = report_tables.frames(rows)
-    elif any(row["op"] == name for row in rows):
-        table = report_tables.speed_of_op(rows, name)
+    elif any(row["op"] == op for row in rows) and kind in TABLES:
+        table = TABLES[kind](rows, op)
     else:
         known = {row["op"] for row in rows} | {"machine", "summary", "frame"}
         raise BadInput(f"{path}: {unknown_name('table of a bench marker', name, known)}")
-    of_table = [row for row in rows if name in ("summary", row["op"])]
+    of_table = [row for row in rows if op in ("summary", row["op"])]
     commits = ", ".join(dict.fromkeys(row["run"]["commit"] for row in of_table))
-    return f"{table.markdown()}\n\n*{machine[-1]['meta']['gpu']}, hot, commit {commits}.*\n"
+    state = "hot and cold" if kind == "cold" else "hot"
+    return f"{table.markdown()}\n\n*{machine[-1]['meta']['gpu']}, {state}, commit {commits}.*\n"

@@ -30,8 +30,9 @@ def newest_rows(runs: Sequence[run_file.Run]) -> list[Row]:
 
 
 def _order(row: Row) -> tuple:
-    ops = ("frame", "unet_step", "residual_block", "attention", "conv2d", "group_norm_silu",
-           "group_norm", "linear", "geglu", "layer_norm", "silu", "axpby")  # fmt: skip
+    ops = ("frame", "unet_step", "residual_block", "norm_conv2d", "attention", "conv2d",
+           "group_norm_silu", "group_norm", "linear", "geglu", "layer_norm", "silu",
+           "axpby")  # fmt: skip
     place = ops.index(row["op"]) if row["op"] in ops else len(ops)
     size = re.fullmatch(r"(\d+) (KiB|MiB)", row["case"])
     size_bytes = int(size[1]) * {"KiB": 1, "MiB": 1024}[size[2]] if size else 0

@@ -98,6 +98,67 @@ def speed_of_op(rows: Sequence[Row], op: str, cache: str = "hot") -> Table:
     return _table(columns, cells)
 
 
+def hot_and_cold(rows: Sequence[Row], op: str) -> Table:
+    """A case a line: ours and every peer, hot, then as a layer meets it, and TFLOP/s.
+
+    The second state is `cold-weights` where the op has weights that rotate, else `cold`. The last
+    line holds the geometric means of the ratios.
+    """
+    of_op = [row for row in rows if row["op"] == op]
+    states = ["hot", next((c for c in ("cold-weights", "cold") if _has(of_op, c)), "cold")]
+    best = {state: best_rows(of_op, state) for state in states}
+    peers = peers_of([row for rows in best.values() for row in rows])
+    cold = {_key(row): row for row in best[states[1]]}
+    cells: list[list[Cell]] = []
+    ratios: list[list[float]] = [[], []]
+    for row in best["hot"]:
+        line: list[Cell] = [_text(case_title(row))]
+        for i, found in enumerate((row, cold.get(_key(row)))):
+            ratio = speedup(found) if found else None
+            ratios[i] += [ratio] if ratio else []
+            times = [found["peers"].get(peer) for peer in peers] if found else [None] * len(peers)
+            ours = found["time_us"]["p50"] if found else None
+            line += [*map(_time, times), _time(ours), _ratio(ratio)]
+        cells.append([*line, _number(row["tflops"], 0), _text(_way(row))])
+    gaps: list[Cell] = [_text("")] * (len(peers) + 1)
+    means = [_ratio(geometric_mean(found)) for found in ratios]
+    cells.append([_text("geometric mean"), *gaps, means[0], *gaps, means[1], _text(""), _text("")])
+    columns = ["case"]
+    for state in states:
+        name = CACHE_NAMES[state]
+        columns += [f"{peer}, {name}" for peer in peers] + [f"ours, {name}", "over the best"]
+    return _table([*columns, "TFLOP/s", "kernel"], cells)
+
+
+def kernels_of_op(rows: Sequence[Row], op: str) -> Table:
+    """A case a line, a column for each of our kernels: hot times, the best peer beside them."""
+    hot = [row for row in rows if row["op"] == op and row.get("cache", "hot") == "hot"]
+    ways = list(dict.fromkeys(_way(row) for row in hot))
+    cells: list[list[Cell]] = []
+    for key in dict.fromkeys(map(_key, hot)):
+        of_case = {_way(row): row for row in hot if _key(row) == key}
+        first = next(iter(of_case.values()))
+        best = best_peer(first)
+        times = [of_case[w]["time_us"]["p50"] if w in of_case else None for w in ways]
+        cells.append(
+            [_text(case_title(first)), _time(best[1] if best else None), *map(_time, times)]
+        )
+    return _table(["case", "best peer", *ways], cells)
+
+
+def _has(rows: Sequence[Row], cache: str) -> bool:
+    return any(row.get("cache") == cache for row in rows)
+
+
+def _key(row: Row) -> tuple[str, str]:
+    return row["case"], row["dtype"]
+
+
+def _way(row: Row) -> str:
+    """`attention/ptx/sm_90a` -> `ptx sm_90a`."""
+    return str(row.get("kernel") or row["backend"]).removeprefix(f"{row['op']}/").replace("/", " ")
+
+
 def every_row(rows: Sequence[Row]) -> Table:
     """Everything that was measured, one line a row."""
     cells: list[list[Cell]] = []
