@@ -36,6 +36,7 @@ class Tile:
     min_ctas: int = 1
     resident: bool = False
     stream: bool = False
+    cluster: int = 1
 
     @property
     def threads(self) -> int:
@@ -45,6 +46,7 @@ class Tile:
         """Q rows and 2 x stages key blocks of 128-byte rows, one row per 64 columns; barriers."""
         rows = 64 * self.warpgroups * (1 + self.stream) + 2 * self.stages * self.block_n
         barriers = 32 * self.stages + (32 if self.stream else 8)
+        barriers += 8 * (self.cluster - 1)
         if self.ones:
             barriers += 2048 if head_dim == 64 else 8 * self.stages
         return -(-head_dim // 64) * rows * 128 + barriers
@@ -68,6 +70,7 @@ class Tile:
             MIN_CTAS=self.min_ctas,
             RESIDENT=self.resident,
             STREAM=self.stream,
+            CLUSTER=self.cluster,
             dtype=dtype,
         )
 
@@ -86,8 +89,13 @@ def attention_sm90a(
     q, scale_log2 = attention_mma.positive_scale(q, scale)
     tile = tile or choose_tile(b * h, n, m, d, q.dtype)
     block_m, short = 64 * tile.warpgroups, SHORT_NAME[q.dtype]
-    maps = (_heads(q, block_m), _heads(k, tile.block_n), _heads(v, tile.block_n), _heads(out, 64))
+    maps = (
+        _heads(q, block_m),
+        *(_heads(x, tile.block_n // tile.cluster) for x in (k, v)),
+        _heads(out, 64),
+    )
     tiles, blocks = -(-n // block_m), -(-m // tile.block_n)
+    tiles = -(-tiles // tile.cluster) * tile.cluster
     program, smem_bytes = tile.program(d, short), tile.smem_bytes(d)
     args: tuple = (*maps, m, blocks, scale_log2)
     if not tile.stream:

@@ -81,6 +81,13 @@ def tiles(n: int, m: int, d: int, b: int) -> list[Tile]:
         for t in scheduled(Tile(1, 128, 3, False, 0, True), QK_FIRST, PV_FIRST):
             found += refined(t, 0)
         found += scheduled(Tile(1, 64, 4, False, 0, True, key_groups=2, ones=True), PV_FIRST)
+        pair = Tile(1, 64, 4, False, 0, True, cluster=2)
+        pairs = [replace(pair, block_n=128, stages=3), replace(pair, key_groups=2)]
+        pairs += [replace(pair, block_n=96, key_groups=2)]
+        pairs += [replace(pair, stages=6, key_groups=3)]
+        for t in pairs:
+            found += scheduled(t, QK_FIRST, PV_FIRST)
+        found += [replace(pairs[0], unroll=True)]
         found += [Tile(2, 64, 4, True, 1, True, stream=True, order="pv_qk")]
     else:
         for t in scheduled(Tile(1, 64, 2, False, 0, True), QK_FIRST, PV_FIRST):
