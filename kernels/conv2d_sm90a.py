@@ -45,23 +45,28 @@ def conv2d_fused_sm90a(
     norm: Norm | None = None,
     unit: int = 0,
     activation: str | None = None,
+    scales: Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See conv2d_fused.conv2d_fused; `tile` overrides the choice.
 
+    scales: float32 [O], of e4m3 x and weight: what a product of theirs counts; out is bfloat16.
+
     Raises:
         ValueError: a tile whose slices are narrower than a unit.
     """
+    fp8, dtype = scales is not None, torch.bfloat16 if scales is not None else x.dtype
     (batch, channels, height, width), (outputs, _, r, s) = x.shape, weight.shape
     up = 2 if upsample else 1
     p, q = ((up * n + 2 * padding - t) // stride + 1 for n, t in ((height, r), (width, s)))
     out = torch.empty(
-        (batch, outputs, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+        (batch, outputs, p, q), dtype=dtype, device=x.device, memory_format=torch.channels_last
     )
-    blocks = r * s * (-(-channels // 64) + (-(-skip.shape[1] // 64) if skip is not None else 0))
+    inputs, depth = (x,) if skip is None else (x, skip), 128 if fp8 else 64
+    blocks = r * s * sum(-(-t.shape[1] // depth) for t in inputs)
     grid_p, grid_q = (height, width) if upsample else (p, q)
     shape = (batch * up**2, grid_p, grid_q, outputs, blocks, r, s, stride)
-    tile = tile or choose_tile(*shape, unit, 0 if norm is None else norm.groups)
+    tile = tile or choose_tile(*shape, unit, 0 if norm is None else norm.groups, fp8)
     norm = norm and merged_early(norm, x)
     table_bytes = tile.table_bytes(batch, blocks, r * s, norm.groups) if norm else 0
     tile = tile.fitted(tile.share(blocks), r, s, table_bytes)
@@ -73,19 +78,19 @@ def conv2d_fused_sm90a(
         sums = torch.empty((batch, parts, outputs // unit, 4), device=x.device)
     if out.numel() == 0:
         return out, sums
-    box = (64, 8 + s - 1, rows + r - 1, 1) if tile.patch else (64, 8 * stride, rows * stride, 1)
-    inputs = (x,) if skip is None else (x, skip)
+    box = (8 + s - 1, rows + r - 1, 1) if tile.patch else (8 * stride, rows * stride, 1)
     maps = (*(_pixels(t, box, stride) for t in inputs), _taps(weight, tile.block_n))
     tiles = (tiles_x, tiles_y * batch, -(-outputs // tile.block_n) * up * up)
-    short = SHORT_NAME[x.dtype]
+    short = SHORT_NAME[dtype]
     norm_silu = None if norm is None else norm.silu
-    variant = skip is not None, upsample, unit, activation == "silu", norm_silu
+    variant = skip is not None, upsample, unit, activation == "silu", norm_silu, fp8
     program(tile, r, s, stride, short, *variant).launch(
         f"conv2d_{short}",
         grid=tile.grid(*tiles),
         block=(128 * (tile.warpgroups + (2 if norm else 1)),),
         args=(
-            *maps, bias, channel_bias, residual, *((sums, parts) if unit else ()), out, outputs,
+            *maps, *((scales,) if fp8 else ()), bias, channel_bias, residual,
+            *((sums, parts) if unit else ()), out, outputs,
             *((math.prod(tiles), *tiles[:2]) if tile.persistent else (tiles_x,) if unit else ()),
             blocks, p, q, tiles_y, padding, channels,
             *(norm_args(norm, x, skip, batch if tile.persistent else 1) if norm else ()),
@@ -116,19 +121,21 @@ def program(
     unit: int = 0,
     silu: bool = False,
     norm_silu: bool | None = None,
+    fp8: bool = False,
 ) -> loader.Program:
     """The program of a fitted tile; norm_silu: whether SiLU follows the norm, None without one."""
     return loader.program(
         "conv2d.sm90a", OP="conv2d", R=r, S=s, STRIDE=stride, SKIP=skip, UPSAMPLE=upsample,
         PATCH=tile.patch, PATCH_STAGES=tile.patch_stages, dtype=dtype, SUMS=unit,
         SUM_SLOTS=_slots(tile, unit), SILU=silu, NORM=norm_silu is not None,
-        NORM_SILU=bool(norm_silu), **tile.variables(r, s),
+        NORM_SILU=bool(norm_silu), FP8=fp8, PROMOTE=tile.promote, **tile.variables(r, s),
     )  # fmt: skip
 
 
 def _pixels(x: Tensor, box: tuple[int, ...], stride: int) -> loader.TensorMap:
-    """[B, H, W, C] in memory as {C, W, H, B}, every stride-th pixel."""
+    """[B, H, W, C] in memory as {C, W, H, B}, every stride-th pixel; 128 B of channels."""
     b, c, h, w = x.shape
+    box = (128 // x.element_size(), *box)
     row = c * x.element_size()
     strides = (row, w * row, h * w * row)
     steps = (1, stride, stride, 1)
@@ -140,7 +147,8 @@ def _taps(weight: Tensor, block_n: int) -> loader.TensorMap:
     o, c, r, s = weight.shape
     row = c * weight.element_size()
     dims, strides = (c, r * s, o), (row, r * s * row)
-    return loader.tensor_map(weight, (64, 1, block_n), dims=dims, strides=strides)
+    box = (128 // weight.element_size(), 1, block_n)
+    return loader.tensor_map(weight, box, dims=dims, strides=strides)
 
 
 def supports(call: Call) -> str | None:

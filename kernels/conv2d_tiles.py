@@ -12,6 +12,9 @@ SHAPES += [(2, 192), (2, 256), (1, 256), (1, 192)]
 # Columns of a tile without spills, by consumer warpgroups beside the normalising one
 NORM_WIDEST = {1: 256, 2: 192, 3: 128}
 
+# The same of tiles that add e4m3's short sums to float32 ones after every PROMOTE K blocks
+PROMOTED_WIDEST, PROMOTE = {1: 192, 2: 128, 3: 96}, 4
+
 # Where a sweep on an H200 found a better tile than the estimate, by choose_tile's arguments.
 MEASURED = {
     (1, 16, 16, 1280, 180, 3, 3, 1): Tile(2, 96, 4, patch=True),  # 16.9 us; 64x80 split 2: 18.2
@@ -30,6 +33,7 @@ def choose_tile(
     stride: int,
     unit: int = 0,
     groups: int = 0,
+    fp8: bool = False,
 ) -> Tile:
     """The tile for `blocks` K blocks: as measured on this card, else by the least estimated time.
 
@@ -37,12 +41,16 @@ def choose_tile(
         batch, p, q, outputs: of the output; batch counts the four parities of an upsampled image.
         unit: channels of a sum, 0: no sums; not every tile can make them.
         groups: of the input's norm, 0: none; it needs a patch and a table of the channels.
+        fp8: e4m3 operands, 128 channels a K block.
     """
     shape = (batch, p, q, outputs, blocks, r, s, stride)
 
     def fitting() -> list[Tile]:
         found = candidates(blocks, r, s, stride, patch=bool(groups))
         found = [t for t in found if not unit or t.sum_slots(unit)]
+        if fp8:
+            fits = (t for t in found if t.block_n <= PROMOTED_WIDEST[t.warpgroups])
+            found = [replace(t, promote=PROMOTE) for t in fits if t.blocks_per_sm == 1]
         return [t for t in found if not groups or _normalises(t, batch, blocks, r, s, groups)]
 
     def clocks(tile: Tile) -> float:
@@ -54,7 +62,7 @@ def choose_tile(
 
     names = ("batch", "p", "q", "outputs", "blocks", "r", "s", "stride", "unit", "groups")
     key = dict(zip(names, (*shape, unit, groups), strict=True))
-    return tuning.tile_for("conv2d", key, fitting, clocks)
+    return tuning.tile_for("conv2d_fp8" if fp8 else "conv2d", key, fitting, clocks)
 
 
 def _normalises(tile: Tile, batch: int, blocks: int, r: int, s: int, groups: int) -> bool:

@@ -30,6 +30,8 @@ class Tile:
     stages: K blocks in flight; None: as many as the shared memory holds, at most 12.
     persistent: one block a multiprocessor takes several tiles, and loads the next one while it
         stores; split must be 1.
+    promote: of e4m3 operands: K blocks whose products wgmma sums with its 14 bits before they are
+        added in float32; 0: all.
     """
 
     warpgroups: int
@@ -39,6 +41,7 @@ class Tile:
     patch: bool = False
     stages: int | None = None
     persistent: bool = False
+    promote: int = 0
 
     @property
     def patch_stages(self) -> int:
