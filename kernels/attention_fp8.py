@@ -30,7 +30,7 @@ class Tile:
     poly: how many of every 8 exponentials run as polynomials on the FMA units.
     q_registers: Q is read from registers, not from shared memory, by its products.
     v_turned: V is turned by a kernel before this one, not for each block of queries.
-    promote: P V of each block is summed in float32, not in wgmma's short accumulator.
+    promote: key blocks whose P V wgmma's short accumulator sums before float32 does; 0: all.
     """
 
     warpgroups: int
@@ -42,7 +42,7 @@ class Tile:
     poly: int = 0
     q_registers: bool = False
     v_turned: bool = False
-    promote: bool = True
+    promote: int = 1
 
     def smem_bytes(self, head_dim: int) -> int:
         """Q rows, as wide as the bfloat16 output; K, V^T and V of each stage; barriers."""

@@ -19,12 +19,12 @@ ALLOWED = 0.04
 TILES = [
     Tile(1, 128, 2, "exact", 1),
     Tile(2, 128, 3, ping_pong="scores"),
-    Tile(2, 160, 2, poly=2, promote=False),
-    Tile(3, 96, 3, ping_pong="issue", promote=False),
-    Tile(2, 96, 2, q_registers=True),
-    Tile(2, 128, 2, "lazy", promote=False),
-    Tile(3, 64, 2, "lazy", 3, "scores", 1, promote=False),
-    Tile(2, 224, 2, v_turned=True, promote=False),
+    Tile(2, 160, 2, poly=2, promote=0),
+    Tile(3, 96, 3, ping_pong="issue", promote=0),
+    Tile(2, 96, 2, q_registers=True, promote=2),
+    Tile(2, 128, 2, "lazy", promote=0),
+    Tile(3, 64, 2, "lazy", 3, "scores", 1, promote=0),
+    Tile(2, 224, 2, v_turned=True, promote=0),
 ]
 
 

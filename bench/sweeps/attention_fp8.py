@@ -40,16 +40,17 @@ def tiles(name: str, d: int) -> list[Tile]:
     if name == "d128 promoted":
         base = [Tile(2, 128, 3), Tile(2, 128, 2), Tile(2, 96, 3)]
         found = in_turns(base) + in_turns([Tile(2, 96, 3, q_registers=True)])
+        found += in_turns([Tile(2, 128, 3, promote=p) for p in (2, 4)])
         found += [Tile(2, 128, 3, ping_pong="scores", poly=p) for p in (1, 2)]
     elif name.startswith("d128"):
         large = [Tile(2, 128, 3), Tile(2, 160, 2), Tile(2, 192, 2), Tile(2, 224, 2)]
-        base = [replace(t, promote=False) for t in (*large, Tile(3, 96, 3), Tile(3, 64, 3))]
+        base = [replace(t, promote=0) for t in (*large, Tile(3, 96, 3), Tile(3, 64, 3))]
         found = in_turns(base)
         found += [replace(t, ping_pong="scores", poly=1) for t in base[2:5]]
         found += in_turns([replace(base[2], q_registers=True)])
     elif d == 64:
         base = [Tile(3, 96, 3), Tile(2, 192, 2), Tile(2, 128, 3), Tile(3, 64, 4)]
-        base += [Tile(3, 128, 3, promote=False)]
+        base += [Tile(3, 128, 3, promote=0)]
         found = in_turns(base) + [replace(t, ping_pong="scores", poly=1) for t in base]
     else:
         found = [Tile(1, 128, 3), Tile(1, 96, 3), Tile(1, 192, 2), Tile(2, 128, 3), Tile(1, 64, 4)]
