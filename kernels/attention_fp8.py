@@ -31,6 +31,7 @@ class Tile:
     q_registers: Q is read from registers, not from shared memory, by its products.
     v_turned: V is turned by a kernel before this one, not for each block of queries.
     promote: key blocks whose P V wgmma's short accumulator sums before float32 does; 0: all.
+    sums_in_shared: those float32 sums, instead of a second set of registers.
     """
 
     warpgroups: int
@@ -43,12 +44,14 @@ class Tile:
     q_registers: bool = False
     v_turned: bool = False
     promote: int = 1
+    sums_in_shared: bool = False
 
     def smem_bytes(self, head_dim: int) -> int:
         """Q rows, as wide as the bfloat16 output; K, V^T and V of each stage; barriers."""
         rows = -(-head_dim // 64) * 64 * self.warpgroups
         stage = (1 if self.v_turned else 2) * self.block_n + -(-self.block_n // 128) * head_dim
-        return (rows + self.stages * stage) * 128 + 8 + 48 * self.stages
+        sums = 64 * self.warpgroups * head_dim * 4 if self.promote and self.sums_in_shared else 0
+        return (rows + self.stages * stage) * 128 + sums + 8 + 48 * self.stages
 
     def program(self, head_dim: int) -> loader.Program:
         return loader.program(
@@ -64,6 +67,7 @@ class Tile:
             Q_REGISTERS=self.q_registers,
             V_TURNED=self.v_turned,
             PROMOTE=self.promote,
+            SUMS_IN_SHARED=self.sums_in_shared,
         )
 
 

@@ -22,6 +22,7 @@ TILES = [
     Tile(2, 160, 2, poly=2, promote=0),
     Tile(3, 96, 3, ping_pong="issue", promote=0),
     Tile(2, 96, 2, q_registers=True, promote=2),
+    Tile(3, 96, 2, promote=2, sums_in_shared=True),
     Tile(2, 128, 2, "lazy", promote=0),
     Tile(3, 64, 2, "lazy", 3, "scores", 1, promote=0),
     Tile(2, 224, 2, v_turned=True, promote=0),
