@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """frames [B, 3, H, W] in [-1, 1] -> latents [B, 4, H/8, W/8]; H and W multiples of 8."""
+    """Patches [B, 12, H/2, W/2], or more channels of zeros, -> latents [B, 4, H/8, W/8]."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -84,8 +84,8 @@ class Encoder(nn.Module):
         )
         self.conv_out = nn.Conv2d(eighth, config.latent_channels, 3, padding=1)
 
-    def forward(self, frames: Tensor) -> Tensor:
-        x = convolve(Image(space_to_depth(frames)), self.conv_in).pixels
+    def forward(self, patches: Tensor) -> Tensor:
+        x = convolve(Image(patches), self.conv_in).pixels
         x = _run(self.levels[0], x)
         for down, level in zip(self.downsamplers, self.levels[1:], strict=True):
             x = _run(level, convolve(Image(x), down).pixels)
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """latents [B, 4, h, w] -> frames [B, 3, 8h, 8w], about [-1, 1] (not clamped)."""
+    """Latents [B, 4, h, w], or more channels of zeros, -> patches [B, 12, 4h, 4w]."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         x = _run(self.levels[0], x)
         for up, level in zip(self.upsamplers, self.levels[1:], strict=True):
             x = _run(level, convolve(Image(x), up, upsample=True).pixels)
-        return depth_to_space(convolve(Image(ops.silu(x)), self.conv_out).pixels)
+        return convolve(Image(ops.silu(x)), self.conv_out).pixels
 
 
 def _widths(config: AutoencoderConfig) -> list[tuple[int, int]]:
@@ -155,11 +155,11 @@ class Autoencoder(nn.Module):
                 f"encode: frames must be [B, 3, H, W] with H and W multiples of {FACTOR} "
                 f"(got {list(frames.shape)}); pad them, as FrameStream does"
             )
-        return self.encoder(frames)
+        return self.encoder(space_to_depth(frames))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, 4, h, w] -> frames [B, 3, 8h, 8w], about [-1, 1]."""
-        return self.decoder(latents)
+        """latents [B, 4, h, w] -> frames [B, 3, 8h, 8w], about [-1, 1] (not clamped)."""
+        return depth_to_space(self.decoder(latents))
 
     def forward(self, frames: Tensor) -> Tensor:
         return self.decode(self.encode(frames))

@@ -69,7 +69,7 @@ class FrameBuffers:
         return sum(t.numel() * t.element_size() for t in tensors) + self.memory.nbytes
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     """One frame on its way: pinned memory and its staging copy on the device, both directions."""
 
@@ -90,11 +90,12 @@ class Bus:
     computed, and the last one leave. On a CPU there is nothing to overlap and nothing is staged.
     """
 
-    def __init__(self, frame_in: Tensor, frame_out: Tensor) -> None:
+    def __init__(self, frame_in: Tensor, frame_out: Tensor, staged: bool | None = None) -> None:
         self._frame_in, self._frame_out = frame_in, frame_out
         self._free: list[_Slot] = []
         self._under_way: deque[tuple[_Slot | None, type, Tensor | None]] = deque()
-        if frame_in.is_cuda:
+        self._staged = frame_in.is_cuda if staged is None else staged
+        if self._staged:
             self._up, self._down = (torch.cuda.Stream(frame_in.device) for _ in range(2))
             self._free = [_slot(frame_in) for _ in range(IN_FLIGHT)]
 
@@ -108,7 +109,7 @@ class Bus:
         if isinstance(frame, Tensor) and frame.device == self._frame_in.device:
             self._frame_in[0].copy_(frame)
             return None
-        if not self._frame_in.is_cuda:
+        if not self._staged:
             np.copyto(self._frame_in[0].numpy(), frame)  # any strides, also read-only arrays
             return None
         slot = self._free[-1]
@@ -151,7 +152,7 @@ class Bus:
 
 
 def _slot(frame: Tensor) -> _Slot:
-    pinned = [torch.zeros_like(frame, device="cpu", pin_memory=True) for _ in range(2)]
+    pinned = [torch.zeros_like(frame, device="cpu", pin_memory=frame.is_cuda) for _ in range(2)]
     staged = [torch.zeros_like(frame) for _ in range(2)]
     return _Slot(*pinned, *staged, *(torch.cuda.Event() for _ in range(3)))
 

@@ -219,7 +219,9 @@ class VideoUNet(nn.Module):
         return [m.keys_values(context) for m in self._ordered() if isinstance(m, Transformer)]
 
     def _predict(self, x: Tensor, biases: list[Tensor], keys: list[Tensor]) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
+        # Zeros up to a multiple of 8 channels may come with it, which the kernels want.
+        channels = self.config.in_channels
+        if x.ndim != 4 or x.shape[1] not in (channels, -(-channels // 8) * 8):
             raise ValueError(
                 f"VideoUNet: x must be [B, {self.config.in_channels}, h, w] (got {list(x.shape)}): "
                 "noisy frame, input frame, history and sink frame along the channels"

@@ -17,6 +17,7 @@ from torch import nn
 from mirage_hello.kernels import ops, use
 from mirage_hello.model import FrameStream, budget, layers
 from mirage_hello.model import stream as stream_module
+from mirage_hello.model.frame_buffers import Bus
 from mirage_hello.model.plan import Buffer, Plan, Record, place
 from mirage_hello.ptx import loader
 from mirage_hello.tools import cli
@@ -249,6 +250,58 @@ def test_frames_under_way_come_back_in_order(device: torch.device) -> None:
     with pytest.raises(RuntimeError, match="no frame is under way"):
         of.collect()
     assert np.array_equal([*outputs, *run(of, frames[2:])], expected)
+
+
+class FakeCuda:
+    """Streams and events whose work is done at once: the bus's staging, on a CPU."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        pass
+
+    def record(self, *args) -> None:
+        pass
+
+    wait = synchronize = record
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *args) -> None:
+        pass
+
+
+def test_the_staged_way_in_and_out(monkeypatch) -> None:
+    for name in ("Stream", "Event", "stream"):
+        monkeypatch.setattr(torch.cuda, name, FakeCuda)
+    frames = clip(5)
+    frame_in, frame_out = (torch.zeros(1, 32, 40, 3, dtype=torch.uint8) for _ in range(2))
+    bus = Bus(frame_in, frame_out, staged=True)
+    outputs = []
+    for frame in frames:
+        slot = bus.bring(frame)
+        frame_out.copy_(255 - frame_in)
+        bus.take(slot, type(frame))
+        if bus.under_way == 2:
+            outputs.append(bus.collect())
+    outputs.append(bus.collect())
+    assert np.array_equal(outputs, 255 - frames) and bus.under_way == 0
+    assert len(bus._free) == 2
+
+
+def test_a_frame_of_emulated_kernels_is_the_plain_one() -> None:
+    """Every hand-written kernel of a guided frame of two steps, in the arena."""
+    options = {"dtype": torch.bfloat16, "steps": 2, "guidance": 2.0}
+    frames = clip(2, 13, 16)
+    truth = np.array(run(stream(steps=2, guidance=2.0), frames), float)
+    plain = np.array(run(stream(**options, policy="torch"), frames), float)
+    of = planned(**options, policy=("ptx-emulated", "torch"))
+    ours = np.array(run(of, frames), float)
+    assert np.linalg.norm(ours - truth) <= 2 * np.linalg.norm(plain - truth) + 1
+    names = [launch.name for launch in of.plan.launches]
+    torchs = [name for name in names if name.startswith("torch")]
+    assert "frame_patches_bf16" in names and "patches_frame_bf16" in names
+    # What is left to torch: the memory's count, and an Euler step's coefficients, a number each.
+    assert set(torchs) <= {"torch add_", "torch div", "torch rsub"}, set(torchs)
 
 
 def test_tensors_and_sizes_mix_under_way(device: torch.device) -> None:
