@@ -33,10 +33,11 @@ class Tile:
     fence: int = 0
     stages: int = 2
     sums: int = 0
+    groups: int = 1
 
     @property
     def block_m(self) -> int:
-        return 16 * self.m_tiles * self.warps
+        return 16 * self.m_tiles * self.warps // self.groups
 
     def smem_bytes(self, head_dim: int) -> int:
         """Q and two buffers of K and V, rows in pieces of 128 B."""

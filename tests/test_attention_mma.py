@@ -74,17 +74,21 @@ def test_cuda_source_in_the_emulator(queries, keys, head_dim, dtype, switches):
 
 
 TILES = [
-    (40, Tile(2, 64, 4, 4, 2, 1, 3)),
+    (40, Tile(2, 64, 4, 4, 2, 1, 3, 1)),
     (64, Tile(1, 128, 8, 1, 3)),
+    (64, Tile(2, 64, 8, 1, 16, 1, 3, 0, 2)),
+    (80, Tile(1, 64, 8, 1, 16, 0, 2, 1, 4)),
     (128, Tile(2, 32, 4, 2, 4, 1)),
-    (160, Tile(1, 48, 4, 2, 5, 1, 3)),
+    (160, Tile(1, 48, 4, 2, 5, 1, 3, 1)),
+    (160, Tile(1, 32, 8, 1, 16, 0, 3, 1, 2)),
 ]
 
 
 @pytest.mark.parametrize(("head_dim", "tile"), TILES)
 def test_other_tiles_of_sm80_in_the_emulator(head_dim, tile):
     q, k, v = draw(140, 150, head_dim)
-    assert_right(attention_sm80(q, k, v, None, tile), q, k, v)
+    for keys in (k, steep(k, 4000.0)):
+        assert_right(attention_sm80(q, keys, v, None, tile), q, keys, v)
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(BF16, 4000.0), (F16, 300.0)])

@@ -58,25 +58,32 @@ SMEM = 101376  # bytes a block may have on compute capability 8.6 and 8.9, the l
 def tiles(n: int, m: int, d: int) -> list[Tile]:
     """Tiles worth timing at this shape."""
     found = [choose_tile(d)]
-    flags = list(product((0, 1), repeat=2))
+    both = (0, 1)
     if d <= 64:
-        for bn, stages, (fence, sums) in product((32, 64), (2, 3), flags):
-            found += [Tile(2, bn, 4, x, 16, fence, stages, sums) for x in (2, 3)]
-        found += [Tile(1, 64, 4, 3, 16, f, x, s) for x, (f, s) in product((2, 3), flags)]
-        found += [Tile(1, 64, 4, 4, 16, f, 2, 1) for f in (0, 1)]
-    elif d <= 80:
-        for bn, (fence, sums), stages in product((32, 48, 64), flags, (2, 3)):
-            found += [Tile(1, bn, 4, 3, 16, fence, stages, sums)]
-        found += [Tile(2, 32, 4, 2, 16, f, x, s) for (f, s), x in product(flags, (2, 3))]
-    elif d <= 128:
-        for bn, kept, (fence, sums) in product((16, 32), (2, 4, 6, 8), flags):
-            found += [Tile(2, bn, 4, 2, kept, fence, 2, sums)]
-        found += [Tile(2, 48, 4, 2, 8, f, 2, s) for f, s in flags]
-        found += [Tile(2, 32, 4, 2, kept, f, 3, 1) for kept, f in product((2, 4, 8), (0, 1))]
-        found += [Tile(1, 64, 4, 2, 16, f, 2, s) for f, s in flags]
-    else:
-        for bn, (fence, sums), stages in product((16, 32), flags, (2, 3)):
-            found += [Tile(1, bn, 4, 2, 16, fence, stages, sums)]
+        x = 3 if d <= 48 else 2
+        found += [Tile(2, 32, 4, x, 16, f, st, 1) for st, f in product((2, 3), both)]
+        found += [Tile(2, 64, 4, 2, 16, f, st, 1) for st, f in product((2, 3), both)]
+        found += [Tile(2, 32, 4, x, 16, 0, 3, 0), Tile(2, 64, 4, 2, 16, 1, 3, 0)]
+        found += [Tile(2, 64, 8, 1, 16, f, 2, 1, 2) for f in both]
+        found += [Tile(1, 64, 4, 3, 16, f, st, 1) for st, f in product((2, 3), both)]
+    if d == 64:
+        found += [Tile(1, 64, 4, 3, 16, 0, 2, 0)]
+        found += [Tile(1, 64, 8, 1, 16, f, 2, 1, 2) for f in both]
+    if d == 80:
+        found += [Tile(1, 64, 4, 3, 16, f, 2, s) for f, s in product(both, both)]
+        found += [Tile(1, 48, 4, 3, 16, f, 3, 1) for f in both]
+        found += [Tile(1, 64, 8, 1, 16, f, 2, 1, g) for f, g in product(both, (2, 4))]
+        found += [Tile(1, 64, 4, 1, 16, 0, 2, 1, 2)]
+        found += [Tile(1, 32, 8, 1, 16, 0, st, 1, 2) for st in (2, 3)]
+    if d == 128:
+        found += [Tile(2, 32, 4, 2, kept, 1, 2, s) for kept, s in product((4, 8), both)]
+        found += [Tile(2, 32, 4, 2, kept, 0, 2, s) for kept, s in product((2, 4), both)]
+        found += [Tile(2, 16, 4, 2, 8, f, 2, 1) for f in both]
+        found += [Tile(2, 48, 4, 2, 8, 0, 2, s) for s in both]
+    if d == 160:
+        found += [Tile(1, 32, 4, 2, 16, f, st, 1) for st, f in product((2, 3), both)]
+        found += [Tile(1, 32, 8, 1, 16, f, st, 1, 2) for st, f in product((2, 3), both)]
+        found += [Tile(1, 32, 4, 1, 16, 0, st, 1, 2) for st in (2, 3)]
     return [t for t in dict.fromkeys(found) if t.smem_bytes(d) <= SMEM]
 
 
@@ -159,7 +166,7 @@ def run_case(name: str) -> dict:
         "flash": peer(SDPBackend.FLASH_ATTENTION, q, k, v),
         "cudnn": peer(SDPBackend.CUDNN_ATTENTION, q, k, v),
     }
-    effort = harness.Effort(rounds=5, sample_us=400.0)
+    effort = harness.Effort(rounds=5, sample_us=300.0)
     timed = harness.measure({**peers, **good}, "cuda", effort=effort)
     us = {label: t.median_us for label, t in timed.items()}
     report(name, us, about)
