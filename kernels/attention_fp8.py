@@ -158,6 +158,16 @@ def turn_keys(v: Tensor) -> Tensor:
     wgmma hold scores.
     """
     b, m, h, d = v.shape
+    out = torch.empty(b, h, d, -(-m // 128) * 128, dtype=E4M3, device=v.device)
+    maps = (_heads(v, 128, 128), _turned(out))
+    program = loader.program("turn_keys.sm90a", HEAD_DIM=d)
+    program.launch("turn_keys", (out.shape[3] // 128, h, b), (128,), maps, 128 * (128 + d) + 8)
+    return out
+
+
+def turn_keys_torch(v: Tensor) -> Tensor:
+    """What `turn_keys` computes."""
+    b, m, h, d = v.shape
     padded = torch.zeros(b, h, d, -(-m // 128) * 128, dtype=torch.uint8, device=v.device)
     padded[..., :m] = v.view(torch.uint8).permute(0, 2, 3, 1)
     pairs = padded.view(b, h, d, -1, 2, 4, 2)  # key = 8 i + 2 j + e: [i, j, e] -> [j, i, e]

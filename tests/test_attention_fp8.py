@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirage_hello.kernels.attention_fp8 import Tile, attention_fp8, quantize, reference, turn_keys
+from mirage_hello.kernels.attention_fp8 import (
+    Tile,
+    attention_fp8,
+    quantize,
+    reference,
+    turn_keys,
+    turn_keys_torch,
+)
 from mirage_hello.ptx import assembler
 
 # Probabilities have 3 mantissa bits: a relative error of up to 2^-4 each, 2^-4 / sqrt(3) = 3.6 % in
@@ -97,13 +104,17 @@ def test_scores_below_zero_in_the_emulator(tile):
     assert_right(attention_fp8(*args, tile=tile), args)
 
 
-def test_turned_keys_lie_as_a_thread_holds_scores():
-    v = torch.arange(1, 19).view(1, 18, 1, 1).float().to(torch.float8_e4m3fn).expand(1, 18, 1, 16)
-    turned = turn_keys(v.contiguous()).float()
-    assert turned.shape == (1, 1, 16, 128)
-    order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
-    assert turned[0, 0, 3, :16].tolist() == [float(v[0, i, 0, 0]) for i in order]
-    assert turned[0, 0, 3, 18:].eq(0).all()
+@pytest.mark.parametrize(("keys", "head_dim"), [(1, 16), (130, 48), (256, 80), (300, 128)])
+def test_turned_keys_lie_as_a_thread_holds_scores(keys, head_dim, device):
+    v = quantize(torch.randn(2, keys, 3, head_dim, device=device))[0]
+    turned = turn_keys(v)
+    assert turned.shape == (2, 3, head_dim, -(-keys // 128) * 128)
+    assert torch.equal(turned.view(torch.uint8), turn_keys_torch(v).view(torch.uint8))
+    if keys > 16:
+        order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+        expected = v[1, order, 2, 5].float()
+        assert torch.equal(turned[1, 2, 5, :16].float(), expected)
+    assert turned[..., keys // 16 * 16 + 16 :].float().eq(0).all()
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
