@@ -44,55 +44,45 @@ def scheduled(tile: Tile, *schedules: tuple[str, str]) -> list[Tile]:
     return [replace(tile, order=order, turn=turn) for order, turn in schedules]
 
 
-def refined(tile: Tile, *polys: int) -> list[Tile]:
-    """Row sums by the tensor cores and an unrolled loop: each, and both with each `poly`."""
-    steps = [tile, replace(tile, unroll=True), replace(tile, ones=True)]
-    return steps + [replace(tile, ones=True, unroll=True, poly=p) for p in polys]
+def unrolled(tile: Tile, polys: tuple[int, ...], ones: tuple[bool, ...] = (False,)) -> list[Tile]:
+    return [replace(tile, unroll=True, poly=p, ones=o) for o in ones for p in polys]
 
 
-def tiles(n: int, m: int, d: int, b: int) -> list[Tile]:
+def tiles(n: int, m: int, d: int) -> list[Tile]:
     """Tiles worth timing at this shape, by what wider sweeps said; docs/attention.md has those."""
     found = []
     if m <= 128:
         found = [Tile(4, 80, 2, False, 0), Tile(4, 80, 1, False, 0, resident=True)]
-        found += [Tile(2, 80, 1, False, 0, resident=True)]
         found += [replace(found[0], order="pv_qk"), replace(found[0], ones=True)]
     elif d <= 48:
-        for t in scheduled(Tile(4, 80, 3, True, 2, True), QK_FIRST, QK_EARLY, PV_FIRST):
-            found += refined(t, 0, 1, 2, 3, 4)
-            fast = replace(t, ones=True, unroll=True)
-            found += [replace(fast, poly=p, degree=2) for p in (3, 4, 5)]
-            found += [replace(fast, stages=4)]
+        found = [Tile(4, 80, 3, True, 2, True)]
+        for t in scheduled(found[0], QK_FIRST, QK_EARLY, PV_FIRST):
+            found += unrolled(t, (0, 1, 2), (False, True))
+            found += [replace(t, unroll=True, ones=True, poly=3, degree=2)]
+            found += [replace(t, unroll=True, ones=True, stages=4)]
     elif d <= 64 and m >= 8192:
         for t in scheduled(Tile(4, 64, 3, True, 0, True), QK_FIRST, PV_FIRST):
-            found += refined(t, 0, 1, 2)
-        for t in scheduled(Tile(3, 128, 2, True, 1, True), QK_FIRST, PV_FIRST):
-            found += refined(t, 0, 1, 2)
+            found += [t, *unrolled(t, (0, 1))]
+        for t in scheduled(Tile(3, 128, 3, True, 1, True), ("pv_qk", "both"), PV_FIRST):
+            found += unrolled(t, (0, 1))
     elif d <= 64:
-        for t in scheduled(Tile(3, 128, 2, True, 1, True), QK_FIRST, ("pv_qk", "both"), PV_FIRST):
-            found += refined(t, 0, 1, 2, 3)
-            found += [replace(f, stream=True) for f in found[-3:-1]]
-        for t in scheduled(Tile(3, 64, 4, True, 2, True), QK_FIRST, PV_FIRST):
-            found += [replace(t, stream=True, ones=True, unroll=True)]
+        found = [Tile(3, 128, 2, True, 1, True)]
+        for t in scheduled(found[0], ("pv_qk", "both"), PV_FIRST):
+            found += unrolled(t, (0, 1, 2)) + unrolled(replace(t, stages=3), (0, 1))
+            found += unrolled(replace(t, block_n=112, stages=3), (1,))
     elif d <= 128 and n >= 4096:
-        for t in scheduled(Tile(2, 128, 2, True, 0, True), QK_FIRST, QK_EARLY, PV_FIRST):
+        for t in scheduled(Tile(2, 128, 2, True, 0, True), QK_FIRST, PV_FIRST):
             found += [t, replace(t, unroll=True), replace(t, unroll=True, ping_pong=False)]
     elif d <= 128:
         for t in scheduled(Tile(1, 128, 3, False, 0, True), QK_FIRST, PV_FIRST):
-            found += refined(t, 0)
-        found += scheduled(Tile(1, 64, 4, False, 0, True, key_groups=2, ones=True), PV_FIRST)
-        pair = Tile(1, 64, 4, False, 0, True, cluster=2)
-        pairs = [replace(pair, block_n=128, stages=3), replace(pair, key_groups=2)]
-        pairs += [replace(pair, block_n=96, key_groups=2)]
-        pairs += [replace(pair, stages=6, key_groups=3)]
-        for t in pairs:
-            found += scheduled(t, QK_FIRST, PV_FIRST)
-        found += [replace(pairs[0], unroll=True)]
-        found += [Tile(2, 64, 4, True, 1, True, stream=True, order="pv_qk")]
+            found += [t, *unrolled(t, (0,), (False, True))]
+            found += [replace(t, cluster=2), replace(t, cluster=2, unroll=True)]
+            for keys, stages, groups in ((64, 4, 2), (96, 4, 2), (64, 6, 3)):
+                found += [Tile(1, keys, stages, False, 0, True, groups, t.order, cluster=2)]
     else:
         for t in scheduled(Tile(1, 64, 2, False, 0, True), QK_FIRST, PV_FIRST):
-            found += refined(t, 0)
-        found += [Tile(1, 64, 2, False, 0, stream=True)]
+            found += [t, *unrolled(t, (0,), (False, True)), *unrolled(replace(t, stages=3), (0,))]
+            found += [replace(t, cluster=2, stages=3)]
     return [t for t in found if t.smem_bytes(d) <= SMEM]
 
 
@@ -108,7 +98,7 @@ def run_case(name: str) -> dict:
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     ).transpose(1, 2)
     plain = pick(sdpa())
-    candidates = tiles(n, m, d, b)
+    candidates = tiles(n, m, d)
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda t: t.program(d, "bf16").compile("sm_90a"), candidates))
     # Scores of some thousands, larger in the keys that are walked last: a lazy maximum overflows.
