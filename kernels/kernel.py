@@ -13,7 +13,15 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Order in which `auto` tries backends that were not measured on this GPU at a similar shape.
 # PTX first: what is written by hand is here because it was faster where it was measured. A page
 # gives a kernel of its own that is not (rank=...).
-DEFAULT_RANK = {"ptx": 40, "torch": 50, "triton": 60, "cuda": 70, "cupy": 90, "numba": 90}
+DEFAULT_RANK = {
+    "ptx": 40,
+    "ptx-emulated": 40,
+    "torch": 50,
+    "triton": 60,
+    "cuda": 70,
+    "cupy": 90,
+    "numba": 90,
+}
 # Of products (attention, convolution, linear) in mma.sync: right, but not timed against torch's
 # libraries on the Ampere and Ada cards that they are for. Used by name, or after a measurement.
 UNTIMED_RANK = 75
