@@ -227,7 +227,7 @@ def _time(
     effort: Effort,
 ) -> dict[str, Timing]:
     """Kernels and peers in turn, on the inputs themselves or on rotating weights."""
-    sets = rotated(subject) if cache == "cold-weights" else [subject.args]
+    sets = _rotated(subject) if cache == "cold-weights" else [subject.args]
     runs = {**wanted, **{name: kernel.run for name, kernel in kernels.items()}}
     contenders = {
         name: [functools.partial(run, *args) for args in sets] for name, run in runs.items()
@@ -235,7 +235,7 @@ def _time(
     return measure(contenders, subject.call.device.type, cold=cache == "cold", effort=effort)
 
 
-def rotated(subject: Subject) -> list[tuple]:
+def _rotated(subject: Subject) -> list[tuple]:
     """Argument lists that differ in the storage of their weights, not in any value."""
     weights = [subject.args[i] for i in subject.case.weights]
     weight_bytes = sum(w.numel() * w.element_size() for w in weights)

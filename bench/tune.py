@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import os
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
@@ -21,31 +22,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirage_hello.kernels import Kernel, forget_choices, ops, tuning, use
-from mirage_hello.kernels.call import Call, TensorSpec
-from mirage_hello.kernels.parity import poison
+from mirage_hello.kernels import (
+    Kernel,
+    tuning,
+)
+from mirage_hello.kernels.call import Call, device_arch
+from mirage_hello.kernels.parity import Parity, poison
 from mirage_hello.ptx import loader
 
-from .case import Case, Draw
-from .harness import Effort, measure
-from .rows import (
-    STEP_SECONDS,
-    Begin,
-    Options,
-    Outcome,
-    Subject,
-    left_out,
-    op_named,
-    prepare,
-    rotated,
-)
+from .case import Case
+from .harness import MAX_CALLS, Effort, measure
+from .rows import ROTATED_BYTES, STEP_SECONDS, Begin, Options, Outcome, left_out, op_named, prepare
 
 EFFORT = Effort(rounds=8, sample_us=400.0)
 COMPILE_SECONDS = 120.0  # of all candidates of a shape, on every core
 TILE_SECONDS = 20.0  # a tile's first runs; one that takes longer hangs
 ALIKE = 3
 NOISE = 0.01  # the model's own choice stays unless another is faster by more than this
-WEIGHTS = ("weight", "bias")  # parameters that come from device memory in a model
+WEIGHTS = ("weight", "bias", "columns")  # parameters that come from device memory in a model
+
+Run = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Called:
+    """A call of a kernel with tiles.
+
+    where: op, case and dtype, for the results.
+    judge: what an output is held against.
+    """
+
+    where: dict[str, str]
+    run: Run
+    args: tuple
+    kwargs: dict[str, Any]
+    judge: Callable[[Tensor], Parity]
+
+    @property
+    def device(self) -> torch.device:
+        return next(a.device for a in self.args if isinstance(a, Tensor))
+
+    def arguments(self) -> list[tuple[tuple, dict[str, Any]]]:
+        """Enough copies that their weights do not stay in the L2; one where there are none."""
+        names = list(inspect.signature(self.run).parameters)[: len(self.args)]
+        own = {
+            i
+            for i, (name, value) in enumerate(zip(names, self.args, strict=True))
+            if name in WEIGHTS and isinstance(value, Tensor)
+        }
+        size = sum(self.args[i].numel() * self.args[i].element_size() for i in own)
+        sets = [(self.args, self.kwargs)]
+        while own and len(sets) * size < ROTATED_BYTES and len(sets) < MAX_CALLS:
+            copies = (copied(a) if i in own else a for i, a in enumerate(self.args))
+            sets.append((tuple(copies), self.kwargs))
+        return sets
 
 
 def tune_case(
@@ -60,10 +90,22 @@ def tune_case(
     begin("inputs", STEP_SECONDS)
     subject = prepare(case, dtype, options)
     for kernel in tiled(subject.call, options):
-        for request in requests(kernel, subject.args):
-            tuned = Tuned(subject, kernel, request, options.tiles)
-            outcome.tiles += tuned.measured(begin, lost)
+        called = Called(subject.where, kernel.run, subject.args, {}, subject.judge)
+        outcome.tiles += tune_call(called, options.tiles, begin, lost)
     return outcome
+
+
+def tune_call(
+    called: Called,
+    count: int,
+    begin: Begin = lambda step, seconds: None,
+    lost: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """A result for each thing that the call asks."""
+    found = []
+    for request in requests(called.run, called.args, called.kwargs):
+        found += Tuned(called, request, count).measured(begin, lost)
+    return found
 
 
 def tiled(call: Call, options: Options) -> list[Kernel]:
@@ -77,16 +119,16 @@ def tiled(call: Call, options: Options) -> list[Kernel]:
     return [kernel for kernel in able if kernel.order[1] == newest]
 
 
-def requests(kernel: Kernel, args: tuple) -> list[tuning.Request]:
-    """What a kernel asks in one call, each once; nothing is launched."""
+def requests(run: Run, args: tuple, kwargs: dict[str, Any]) -> list[tuning.Request]:
+    """What a call asks, each once; nothing is launched."""
     heard: dict[tuple[str, str], tuning.Request] = {}
 
     def listen(request: tuning.Request) -> Any:
         heard[request.op, request.key] = request
         return tuning.choose(request).tile
 
-    with tuning.listening(listen), unlaunched():
-        kernel.run(*args)
+    with torch.no_grad(), tuning.listening(listen), unlaunched():
+        run(*args, **kwargs)
     return list(heard.values())
 
 
@@ -104,22 +146,22 @@ def unlaunched() -> Iterator[set[loader.Program]]:
 
 @dataclasses.dataclass
 class Tuned:
-    """One request of one kernel, and the candidates that are measured for it."""
+    """One request of one call, and the candidates that are measured for it."""
 
-    subject: Subject
-    kernel: Kernel
+    called: Called
     request: tuning.Request
     count: int
 
-    def run(self, tile: Any, *args: Any) -> Tensor:
-        """The kernel with this tile; whatever else it asks gets what it would get."""
+    def run(self, tile: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The call with this tile; whatever else it asks gets what it would get."""
 
         def answer(request: tuning.Request) -> Any:
             mine = (request.op, request.key) == (self.request.op, self.request.key)
             return tile if mine else tuning.choose(request).tile
 
-        with tuning.listening(answer):
-            return self.kernel.run(*args)
+        with torch.no_grad(), tuning.listening(answer):
+            out = self.called.run(*args, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
 
     def candidates(self) -> list[Any]:
         """The best by the kernel's model, the first its own choice; then the one in use."""
@@ -144,62 +186,53 @@ class Tuned:
             else:
                 right.append(tile)
         begin("timing", STEP_SECONDS)
-        times = self.times(right) if right else {}
-        return [self.result(times, wrong)] if times else []
+        return [self.result(right, wrong)] if right else []
 
     def compile(self, candidates: list[Any]) -> None:
         """All programs into the kernel cache, on every core."""
-        if self.subject.call.device.type != "cuda":
+        if self.called.device.type != "cuda":
             return
         with unlaunched() as programs:
             for tile in candidates:
-                self.run(tile, *self.subject.args)
+                self.run(tile, self.called.args, self.called.kwargs)
+        arch = device_arch(self.called.device)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda program: program.compile(self.subject.call.arch), programs))
+            list(pool.map(lambda program: program.compile(arch), programs))
 
     def problem(self, tile: Any) -> str | None:
         """Why this tile is not timed."""
-        with torch.no_grad():
-            poison(self.subject.plain)
-            out = self.run(tile, *self.subject.args)
-            again = self.run(tile, *self.subject.args)
-        parity = self.subject.judge(out)
+        out = self.run(tile, self.called.args, self.called.kwargs)
+        poison(out)
+        again = self.run(tile, self.called.args, self.called.kwargs)
+        parity = self.called.judge(again)
         if not parity.passed:
             return str(parity)
         return None if torch.equal(out, again) else "two runs differ"
 
-    @property
-    def timing(self) -> str:
-        return "cold-weights" if self.subject.case.weights else "hot"
-
-    def times(self, tiles: list[Any]) -> dict[Any, float]:
-        """tile -> median us, fastest first."""
-        sets = rotated(self.subject) if self.timing == "cold-weights" else [self.subject.args]
-        runs: dict[str, list[Callable[[], Tensor]]] = {
-            tuning.name(tile): [functools.partial(self.run, tile, *args) for args in sets]
+    def result(self, tiles: list[Any], wrong: dict[str, str]) -> dict[str, Any]:
+        """Times the tiles; what the run's file keeps: the entry of the tables, and every time."""
+        sets = self.called.arguments()
+        runs = {
+            tuning.name(tile): [functools.partial(self.run, tile, *given) for given in sets]
             for tile in tiles
         }
-        timings = measure(runs, self.subject.call.device.type, effort=EFFORT)
-        found = {tile: timings[tuning.name(tile)].median_us for tile in tiles}
-        return dict(sorted(found.items(), key=lambda item: item[1]))
-
-    def result(self, times: dict[Any, float], wrong: dict[str, str]) -> dict[str, Any]:
-        """What the run's file keeps: the entry of the tables, and every time."""
+        timings = measure(runs, self.called.device.type, effort=EFFORT)
+        times = {tile: timings[tuning.name(tile)].median_us for tile in tiles}
         own = self.request.ranked()[0]
         order = sorted(times, key=lambda t: times[t] * (1 - NOISE * (t == own)))
         best, second = order[0], order[1] if len(order) > 1 else None
         entry = {
             "tile": tuning.encoded(best),
             "time_us": round(times[best], 3),
-            "timing": self.timing,
+            "timing": "cold-weights" if len(sets) > 1 else "hot",
             "runner_up": tuning.encoded(second),
             "runner_up_us": round(times[second], 3) if second is not None else None,
             "model": tuning.encoded(own),
             "model_us": round(times[own], 3) if own in times else None,
         }
-        named = {tuning.name(tile): round(us, 3) for tile, us in times.items()}
-        place = {"kernel": self.kernel.name, "asks": self.request.op, "key": self.request.key}
-        return {**self.subject.where, **place, "entry": entry, "times_us": named, "wrong": wrong}
+        named = {tuning.name(tile): round(times[tile], 3) for tile in order}
+        place = {"asks": self.request.op, "key": self.request.key}
+        return {**self.called.where, **place, "entry": entry, "times_us": named, "wrong": wrong}
 
 
 def block(tile: Any) -> Any:
@@ -228,61 +261,13 @@ def line(result: dict[str, Any]) -> str:
     return f"{text}; {len(result['times_us'])} right, {len(result['wrong'])} wrong"
 
 
-# The calls of the model
-
-
-def model_cases(options: Options) -> list[tuple[Case, str]]:
-    """Every different call of a kernel with tiles in one step of the model, as a case."""
-    from . import model
-
-    calls: dict[str, Call] = {}
-
-    def recorded(kernel: Kernel) -> Kernel:
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            call = getattr(ops, kernel.op).describe(args, kwargs)
-            calls.setdefault(f"{call.op} {name_of(call)}", call)
-            return kernel.run(*args, **kwargs)
-
-        return dataclasses.replace(kernel, run=run) if tuning.has_tiles(kernel.run) else kernel
-
-    kept = {op.name: list(op.kernels) for op in ops}
-    models = model.Models(options)
-    unet = models.plain[0].unet
-    inputs = model.unet_inputs(unet.config, options, models.dtype)
-    try:
-        for op in ops:
-            op.kernels[:] = map(recorded, kept[op.name])
-        forget_choices()
-        with torch.no_grad(), use("auto"):
-            unet(*inputs)
-    finally:
-        for op in ops:
-            op.kernels[:] = kept[op.name]
-        forget_choices()
-    return [(case_of(call), str(call.dtype).removeprefix("torch.")) for call in calls.values()]
-
-
-def name_of(call: Call) -> str:
-    """The call's label, with the optional tensors that were given."""
-    given = [name for name in call.tensors if name in call.optional]
-    return " ".join([call.label, *(f"+{name}" for name in given)])
-
-
-def case_of(call: Call) -> Case:
-    """A case that draws arguments like this call's: same shapes, strides and numbers."""
-    names, values = list(call.args), list(call.args.values())
-
-    def make(draw: Draw) -> tuple:
-        return tuple(drawn(draw, value) if isinstance(value, TensorSpec) else value
-                     for value in values)  # fmt: skip
-
-    weights = tuple(i for i, name in enumerate(names)
-                    if name in WEIGHTS and isinstance(values[i], TensorSpec))  # fmt: skip
-    return Case(call.op, name_of(call), make, flops=0, elements=0, weights=weights)
-
-
-def drawn(draw: Draw, spec: TensorSpec) -> Tensor:
-    """Normal values; a weight's are scaled by its fan-in, as a trained layer's are."""
-    scale = spec.shape[1:].numel() ** -0.5 if spec.dim in (2, 4) else 1.0
-    out = torch.empty_strided(spec.shape, spec.stride, dtype=draw.dtype, device=draw.device)
-    return out.copy_(draw.normal(*spec.shape, scale=scale))
+def copied(value: Any) -> Any:
+    """Tensors with the same strides in memory of their own; of a dataclass, its tensors."""
+    if isinstance(value, Tensor):
+        out = torch.empty_strided(
+            value.shape, value.stride(), dtype=value.dtype, device=value.device
+        )
+        return out.copy_(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{k: copied(v) for k, v in vars(value).items()})
+    return value

@@ -13,7 +13,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from . import (
     layer_norm,
     linear,
     model,
+    model_calls,
     run_file,
     tune,
 )
 from .case import Case
 from .ceilings import ceilings
-from .rows import STEP_SECONDS, Options, Outcome, measure_case
+from .rows import STEP_SECONDS, Begin, Options, Outcome, measure_case
 from .summary import row_line
 
 # group -> its cases; the groups of the model are in `model`. The order is the order of a run.
@@ -121,13 +122,20 @@ def units(group: str, options: Options, limits: dict[str, Any]) -> Iterator[mode
     if group in MODEL_OPS:
         yield from model.units(group, options, limits)
         return
-    found = tune.model_cases(options) if group == MODEL_TILES else cases(options, group)
-    for case, dtype in found:
+    if group == MODEL_TILES:
+        for called in model_calls.model_calls(options):
+            yield model.Unit(called.where, functools.partial(_tuned, called, options))
+        return
+    for case, dtype in cases(options, group):
         where = {"op": case.op, "case": case.name, "dtype": dtype}
         if options.tiles:
             yield model.Unit(where, functools.partial(tune.tune_case, case, dtype, options))
         else:
             yield model.Unit(where, functools.partial(measure_case, case, dtype, limits, options))
+
+
+def _tuned(called: tune.Called, options: Options, begin: Begin, lost: Sequence[str]) -> Outcome:
+    return Outcome(tiles=tune.tune_call(called, options.tiles, begin, lost))
 
 
 def measure_group(group: str, options: Options, out: Path) -> None:

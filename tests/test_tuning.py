@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from mirage_hello.bench import tune
-from mirage_hello.bench.case import Case, Draw
+from mirage_hello.bench import model_calls, tune
+from mirage_hello.bench.case import Case
 from mirage_hello.bench.harness import Timing
 from mirage_hello.bench.rows import Options
-from mirage_hello.kernels import Kernel, backends, explain, forget_choices, ops, tuning
+from mirage_hello.kernels import Kernel, backends, explain, forget_choices, ops, tuning, use
 from mirage_hello.tools import cli
 from mirage_hello.tools.explain import as_dict
 
@@ -249,16 +249,31 @@ class TestMeasuring:
         assert self.tuned() == []
 
 
-def test_a_case_of_a_call_draws_its_like():
-    qkv = torch.randn(2, 5, 3, 2, 8)
-    call = ops.attention.describe(qkv.unbind(2), {})
-    case = tune.case_of(call)
-    q, _, v, scale = case.make(Draw("cpu", torch.float32, 0))
-    assert q.shape == (2, 5, 2, 8) and v.stride() == qkv.unbind(2)[2].stride() and scale is None
-    x, weight = torch.randn(4, 8), torch.randn(6, 8)
-    call = ops.linear.describe((x, weight), {"bias": torch.randn(6)})
-    case = tune.case_of(call)
-    assert case.weights == (1, 2) and case.name == "float32 4x8 6x8 +bias"
+def test_the_calls_of_a_model_are_recorded():
+    x, weight, bias = torch.randn(9, 64).half(), torch.randn(16, 64).half(), torch.randn(16).half()
+    with model_calls.recorded() as calls, torch.no_grad(), use("ptx-emulated"):
+        for _ in range(2):
+            out = ops.linear(x, weight, bias=bias)
+    ((op, key),) = calls
+    run, args, kwargs = calls[op, key]
+    assert op == "linear" and "n=16" in key and kwargs["bias"] is not bias
+    judge = model_calls.held_against_its_own(run, args, kwargs)
+    called = tune.Called({}, run, args, kwargs, judge)
+    assert called.judge(out).passed and not called.judge(out + 0.1).passed
+    assert len(called.arguments()) > 1  # copies of the weight
+    assert [r.key for r in tune.requests(run, args, kwargs)] == [key]
+
+
+def test_copies_keep_their_strides():
+    @dataclass
+    class Norm:
+        sums: torch.Tensor
+        groups: int
+
+    v = torch.randn(2, 5, 3, 8).unbind(2)[1]
+    norm = tune.copied(Norm(v, 4))
+    assert norm.sums.stride() == v.stride() and torch.equal(norm.sums, v)
+    assert norm.sums.data_ptr() != v.data_ptr() and norm.groups == 4
 
 
 def test_tune_needs_a_gpu(monkeypatch, capsys):
