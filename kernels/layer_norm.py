@@ -66,36 +66,42 @@ def layer_norm_torch(
 
 
 def layer_norm_ptx(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cut: tuple[int, int] | None = None,
 ) -> Tensor:
+    """`cut`: warps of a row and rows of a block, instead of the choice."""
     out = torch.empty_like(x)
     if out.numel() == 0:
         return out
     width = x.shape[-1]
-    warps, teams = warps_and_teams(width * x.element_size())
     rows = x.numel() // width
-    program = ptx_program(width, x.dtype, overlaps(x.get_device()))
+    warps, teams = cut = cut or choose_cut(rows, width * x.element_size())
+    program = ptx_program(width, x.dtype, cut, overlaps(x.get_device()))
     grid, block = (-(-rows // teams), 1, 1), (32 * warps * teams, 1, 1)
     args = (x, weight, bias, out, rows, eps)
     program.launch(f"layer_norm_{SUFFIX[x.dtype]}", grid, block, args)
     return out
 
 
-def ptx_program(width: int, dtype: torch.dtype, overlap: bool) -> loader.Program:
-    warps, teams = warps_and_teams(width * dtype.itemsize)
+def ptx_program(
+    width: int, dtype: torch.dtype, cut: tuple[int, int], overlap: bool
+) -> loader.Program:
     return loader.program(
         "layer_norm",
         dtype=SUFFIX[dtype],
         WIDTH=width,
         INVERSE=float_bits(1 / width),
-        WARPS=warps,
-        TEAMS=teams,
+        WARPS=cut[0],
+        TEAMS=cut[1],
         OVERLAP=overlap,
     )
 
 
-def warps_and_teams(row_bytes: int) -> tuple[int, int]:
-    """Warps of a row: at most 8 accesses of 16 bytes a thread, up to 8 warps. Rows of a block."""
+def choose_cut(rows: int, row_bytes: int) -> tuple[int, int]:
+    """Warps of a row, at most 8 accesses of 16 bytes a thread in each; rows of a block."""
     warps = next((w for w in (1, 2, 4) if row_bytes <= 32 * w * 8 * 16), 8)
     return warps, 4 if warps == 1 else 1
 

@@ -43,11 +43,21 @@ def test_parity_of_the_ptx(width, dtype, device):
             assert result.passed, f"{mean} +- {spread}: {result}"
 
 
+@pytest.mark.parametrize("cut", [(1, 1), (1, 8), (2, 1), (4, 1), (8, 1)])
+def test_every_cut_passes_parity(cut, device):
+    x, weight, bias = (draw(device, torch.bfloat16, *s) for s in ((7, 1280), (1280,), (1280,)))
+    truth = ops.layer_norm.reference(*parity.in_float64((x, weight, bias)))
+    plain = ops.layer_norm.torch_kernel.run(x, weight, bias)
+    out = layer_norm.layer_norm_ptx(x, weight, bias, cut=cut)
+    assert parity.judge(out, plain, truth).passed
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [8, 320, 1280, 8192])
 def test_ptx_assembles_within_its_budget(width, dtype, arch):
-    text = layer_norm.ptx_program(width, dtype, overlap=arch != "sm_80").text
+    cut = layer_norm.choose_cut(100, width * dtype.itemsize)
+    text = layer_norm.ptx_program(width, dtype, cut, overlap=arch != "sm_80").text
     assert text.isascii()
     budget = int(re.search(r"// Budget +registers <= (\d+), spills 0", text)[1])
     _, report = assembler.ptxas(text, arch, ("-v",))
