@@ -11,7 +11,7 @@ from mirage_hello.ptx import loader
 __all__ = ["Tile", "candidates", "choose_tile", "geglu_sm90a", "linear_sm90a", "supports"]
 
 SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "e4m3"}
-WIDTHS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 256)
+WIDTHS = (32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)
 
 
 def linear_sm90a(
@@ -205,8 +205,7 @@ def candidates(
     """Every tile whose registers and shared memory fit."""
     found = []
     for block_n in WIDTHS:
-        tiles = [Tile(groups, block_n) for groups in (1, 2, 3)]
-        tiles += [Tile(1, block_n, blocks_per_sm=2), Tile(2, block_n, blocks_per_sm=2)]
+        tiles = [Tile(1, block_n), Tile(2, block_n), Tile(1, block_n, 2)]
         tiles += [Tile(2, block_n, m, pingpong=True) for m in (1, 2)]
         tiles += [Tile(g, block_n, split=s) for g in (1, 2) for s in range(2, min(blocks, 8) + 1)]
         tiles = [t for t in tiles if not t.problem(gated, norm, quantised)]
@@ -218,7 +217,7 @@ def _fits(tile: Tile, blocks: int, gated: bool, norm: bool) -> bool:
     """Whether three stages fit beside a residual, or as many as there are K blocks."""
     stages = min(3, max(2, -(-blocks // tile.split)))
     needed = tile.layout(stages, gated, norm, residual=not gated)["BYTES"]
-    return needed <= SMEM_BYTES[tile.blocks_per_sm]
+    return needed <= SMEM_BYTES
 
 
 def supports(call: Call) -> str | None:

@@ -1,22 +1,20 @@
 """The tile of ptx/linear.sm90a.ptx.j2, its shared memory, and what it costs."""
 
-import math
 from dataclasses import dataclass, replace
 
-SMEM_BYTES = {1: 232448, 2: 115712}  # a block may have, by blocks on a multiprocessor
+SMEM_BYTES = 232448  # a block may have
 # Clusters resident at once on an H200, one block a multiprocessor (cuOccupancyMaxActiveClusters):
 # not 132 / size, because a cluster stays inside a GPC.
 RESIDENT = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
 MAX_STAGES = 12
 MULTIPROCESSORS = 132
-# Of a multiplying thread, by (blocks on a multiprocessor, warpgroups).
-REGISTERS = {(1, 1): 255, (1, 2): 232, (1, 3): 160, (2, 1): 128, (2, 2): 104}
+REGISTERS = {1: 255, 2: 232}  # of a multiplying thread, by warpgroups
 # Of the estimate, in clocks of an H200.
 PRODUCTS = 1.07  # products against the peak rate of 4096 FLOP a clock
 READS, WRITES = 0.82 / 128, 1.16 / 128  # a byte of shared memory that wgmma reads, that TMA writes
 LOAD = 1 / 62  # a byte that TMA brings
 EXCHANGE = 1 / 18  # a byte sent to another block of the cluster
-LAUNCH, FIRST, SPLIT = 2600, 1200, 900  # a kernel; its first loads; one exchange
+LAUNCH, SPLIT = 3800, 900  # a kernel with its first loads; one exchange
 STORE, GATE = 0.055, 0.16  # an output value of one warpgroup; its gate
 
 
@@ -24,13 +22,12 @@ STORE, GATE = 0.055, 0.16  # an output value of one warpgroup; its gate
 class Tile:
     """What one block multiplies at a time, and how.
 
-    groups: warpgroups that multiply, 1 to 3.
+    groups: warpgroups that multiply, 1 or 2.
     block_n: columns of the weight; geglu: block_n / 2 of h and the same of the gate.
     m_tiles: rows of a warpgroup in 64s, 1 or 2.
     pingpong: both warpgroups have tiles of their own, and one multiplies while the other stores.
         Otherwise they share a tile, 64 m_tiles rows each.
     split: K over a cluster of so many blocks; 1 with pingpong, geglu and layer_norm.
-    blocks_per_sm: 2 lets another block, of this kernel or of the next, run beside this one.
     stages: K blocks in flight, 2 to 12; None: as many as the shared memory holds.
     """
 
@@ -39,7 +36,6 @@ class Tile:
     m_tiles: int = 1
     pingpong: bool = False
     split: int = 1
-    blocks_per_sm: int = 1
     stages: int | None = None
 
     @property
@@ -69,7 +65,7 @@ class Tile:
         if quantised and self.width(gated) // self.parts(gated) % 16:
             return "strips of e4m3 must be whole 16 bytes wide"
         # What is left of 65536 registers beside the accumulators: about 48, with statistics 70.
-        limit = REGISTERS.get((self.blocks_per_sm, self.groups), 0)
+        limit = REGISTERS.get(self.groups, 0)
         needed = self.m_tiles * self.block_n // 2 + (70 if norm else 48)
         if needed > limit:
             return f"a thread needs about {needed} registers and may have {limit}"
@@ -104,20 +100,18 @@ class Tile:
     def fitted(
         self, loads: int, gated: bool = False, factors: bool = False, residual: bool = False
     ) -> "Tile":
-        """With `stages` filled in, at most `loads`: the K blocks of all tiles of one block. Memory
-        that is not asked for lets the next kernel's blocks start beside these.
+        """With `stages` filled in, at most `loads`: the K blocks of all tiles of one block.
 
         Raises:
             ValueError: nothing fits the shared memory.
         """
         if self.stages:
             return self
-        room = SMEM_BYTES[self.blocks_per_sm]
         for stages in range(min(max(loads, 2), MAX_STAGES), 1, -1):
-            if self.layout(stages, gated, factors, residual)["BYTES"] <= room:
+            if self.layout(stages, gated, factors, residual)["BYTES"] <= SMEM_BYTES:
                 return replace(self, stages=stages)
         raise ValueError(
-            f"{self}: a block may have {room} bytes of shared memory; use a smaller tile"
+            f"{self}: a block may have {SMEM_BYTES} bytes of shared memory; use a smaller tile"
         )
 
     def variables(
@@ -134,7 +128,6 @@ class Tile:
             "PINGPONG": self.pingpong,
             "SPLIT": self.split,
             "STAGES": self.stages,
-            "BLOCKS_PER_SM": self.blocks_per_sm,
             "RESIDUAL": residual,
             "QUANTISE": quantised,
             **places,
@@ -144,7 +137,7 @@ class Tile:
         """Blocks of a launch over `tiles` tiles."""
         if self.split > 1:
             return tiles * self.split
-        return min(tiles, MULTIPROCESSORS * self.blocks_per_sm)
+        return min(tiles, MULTIPROCESSORS)
 
     def loads(self, tiles: int, blocks: int) -> int:
         """K blocks that one block of the launch loads, at most."""
@@ -167,12 +160,8 @@ class Tile:
         if self.split > 1:
             sent = 256 * self.groups * self.block_n * (self.split - 1) / self.split
             waves = -(-tiles // RESIDENT[self.split])
-            return LAUNCH + waves * (FIRST + depth * step + SPLIT + EXCHANGE * sent + store)
-        turns = -(-tiles // (MULTIPROCESSORS * self.blocks_per_sm))
-        together = min(self.blocks_per_sm, math.ceil(tiles / MULTIPROCESSORS))
-        each = together * depth * step
+            return LAUNCH + waves * (depth * step + SPLIT + EXCHANGE * sent + store)
+        turns = -(-tiles // MULTIPROCESSORS)
         if self.pingpong:
-            busy = turns * max(each, store / 2) + store
-        else:
-            busy = turns * (each + store)
-        return LAUNCH + FIRST + busy
+            return LAUNCH + turns * max(depth * step, store / 2) + store
+        return LAUNCH + turns * (depth * step + store)

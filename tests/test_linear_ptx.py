@@ -25,13 +25,13 @@ TILES = [
     Tile(2, 48, split=3),
     Tile(2, 64, split=2),
     Tile(1, 40),
-    Tile(3, 32, split=4),
-    Tile(1, 32, blocks_per_sm=2),
+    Tile(2, 64, split=4),
+    Tile(1, 32, 2),
     Tile(2, 160, stages=2),
     Tile(2, 32, pingpong=True, stages=2),
     Tile(2, 48, m_tiles=2, pingpong=True, stages=3),
 ]
-GATED = [Tile(1, 64), Tile(2, 96), Tile(1, 32, blocks_per_sm=2)]
+GATED = [Tile(1, 64), Tile(2, 96), Tile(1, 32, 2)]
 GATED += [Tile(2, 64, 1, pingpong=True), Tile(2, 160, 2, pingpong=True, stages=3)]
 NORMED = [Tile(1, 32), Tile(2, 48, stages=2), Tile(2, 32, 2, pingpong=True, stages=3)]
 # (op, M, N, K) of Stable Diffusion: what is chosen for them must not spill.

@@ -12,7 +12,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,16 +38,20 @@ FP8 = PLAIN[:6]
 EFFORT = harness.Effort(rounds=6, sample_us=400.0)
 TILES = 12
 
+COLD_BYTES = 128 * 2**20  # of weights in turn: twice the L2
+
 Run = Callable[..., Tensor]
 
 
 @dataclass
 class Case:
-    """One row: what runs (with tile=), what it is measured against, how it is judged."""
+    """One row: what runs on its weight, what it is measured against on its own, the judge."""
 
     name: str
-    run: Run
-    peers: dict[str, Callable[[], Tensor]]
+    run: Run  # (weight, tile=)
+    weight: Tensor
+    peers: dict[str, Callable[[Tensor], Tensor]]
+    peer_weight: Tensor
     judge: Callable[[Tensor], str]  # "" or what is wrong
     program: Callable[[Tile], loader.Program]
     candidates: list[Tile] = field(default_factory=list)
@@ -81,8 +85,8 @@ def compile_all(pairs: list[tuple[Case, Tile]]) -> None:
         list(pool.map(lambda pair: pair[0].program(pair[1]).compile("sm_90a"), pairs))
 
 
-def tiles(run: Run) -> list[Tile]:
-    """Of what `run` asks to choose among: the cheapest two of each kind, at most TILES."""
+def tiles(case: Case) -> list[Tile]:
+    """Of what it asks to choose among: the cheapest two of each kind, at most TILES."""
     asked: list[tuning.Request] = []
 
     def listen(request: tuning.Request) -> Tile:
@@ -90,13 +94,13 @@ def tiles(run: Run) -> list[Tile]:
         raise tuning.Asked(request)
 
     with tuning.listening(listen), contextlib.suppress(tuning.Asked):
-        run(tile=None)
+        case.run(case.weight, tile=None)
     ranked, found = asked[0].ranked(), list[Tile]()
     kinds: dict[tuple, int] = {}
     for tile in ranked:
-        kind = tile.groups, tile.m_tiles, tile.pingpong, tile.split > 1, tile.blocks_per_sm
+        kind = tile.groups, tile.m_tiles, tile.pingpong, tile.split > 1
         kinds[kind] = kinds.get(kind, 0) + 1
-        if kinds[kind] <= 2 and len(found) < TILES:
+        if kinds[kind] <= 3 and len(found) < TILES:
             found.append(tile)
     return found
 
@@ -112,19 +116,20 @@ def judged(plain: Tensor, truth: Tensor) -> Callable[[Tensor], str]:
 def linear_case(m: int, k: int, n: int, residual: bool = False) -> Case:
     x, weight, bias = draw(m, k), draw(n, k, scale=k**-0.5), draw(n)
     added = draw(m, n) if residual else None
-    args = (x, weight, bias, added)
     truth = reference.linear(x.double(), weight.double(), bias.double())
     truth = truth if added is None else truth + added.double()
 
-    def eager() -> Tensor:
-        out = F.linear(x, weight, bias)
+    def eager(w: Tensor) -> Tensor:
+        out = F.linear(x, w, bias)
         return out if added is None else out + added
 
     return Case(
         f"linear {m}x{k}x{n}" + (" + residual" if residual else ""),
-        lambda tile: gemm.linear_sm90a(*args, tile=tile),
+        lambda w, tile: gemm.linear_sm90a(x, w, bias, added, tile=tile),
+        weight,
         {"cublas, add" if residual else "cublas": eager},
-        judged(eager(), truth),
+        weight,
+        judged(eager(weight), truth),
         programs("linear", (m, k, n), residual),
     )
 
@@ -132,14 +137,16 @@ def linear_case(m: int, k: int, n: int, residual: bool = False) -> Case:
 def gated_case(m: int, k: int, n: int) -> Case:
     x, weight, bias = draw(m, k), draw(n, k, scale=k**-0.5), draw(n)
 
-    def eager() -> Tensor:
-        return reference.geglu(x, weight, bias)
+    def eager(w: Tensor) -> Tensor:
+        return reference.geglu(x, w, bias)
 
     return Case(
         f"geglu {m}x{k}x{n}",
-        lambda tile: gemm.geglu_sm90a(x, weight, bias, tile=tile),
+        lambda w, tile: gemm.geglu_sm90a(x, w, bias, tile=tile),
+        weight,
         {"cublas, gelu, product": eager, "compiled": torch.compile(eager)},
-        judged(eager(), reference.geglu(*(t.double() for t in (x, weight, bias)))),
+        weight,
+        judged(eager(weight), reference.geglu(x.double(), weight.double(), bias.double())),
         programs("geglu", (m, k, n)),
     )
 
@@ -148,18 +155,19 @@ def normed_case(op: str, m: int, k: int, n: int) -> Case:
     x, weight, bias = draw(m, k) + 0.5, draw(n, k, scale=k**-0.5), draw(n)
     gamma, beta = 1 + draw(k, scale=0.1), draw(k, scale=0.1)
     folded = layer_norm_linear.fold(gamma, beta, weight, bias)
-    of = getattr(reference, op)
+    of, fused = getattr(reference, op), getattr(layer_norm_linear, f"layer_norm_{op}")
 
-    def eager() -> Tensor:
-        return of(F.layer_norm(x, (k,), gamma, beta), weight, bias)
+    def eager(w: Tensor) -> Tensor:
+        return of(F.layer_norm(x, (k,), gamma, beta), w, bias)
 
-    fused = getattr(layer_norm_linear, f"layer_norm_{op}")
     normal = reference.layer_norm(x.double(), gamma.double(), beta.double())
     return Case(
         f"layer_norm, {op} {m}x{k}x{n}",
-        lambda tile: fused(x, folded, tile=tile),
+        lambda w, tile: fused(x, replace(folded, weight=w), tile=tile),
+        folded.weight,
         {"layer_norm, cublas": eager, "compiled": torch.compile(eager)},
-        judged(eager(), of(normal, weight.double(), bias.double())),
+        weight,
+        judged(eager(weight), of(normal, weight.double(), bias.double())),
         programs(op, (m, k, n), norm=True),
     )
 
@@ -171,24 +179,28 @@ def fp8_case(m: int, k: int, n: int) -> Case:
     quantised = linear_fp8.linear_fp8_torch(x.double(), packed)
     exact = F.linear(x.double(), weight.double(), bias.double())
 
+    def error(out: Tensor, truth: Tensor) -> float:
+        return ((out.double() - truth).norm() / truth.norm()).item()
+
     def judge(out: Tensor) -> str:
-        short = ((out.double() - quantised).norm() / quantised.norm()).item()
+        short = error(out, quantised)
         return "" if short < 4e-3 else f"error {short:.1e} against the quantised values"
 
-    case = Case(
+    out = linear_fp8.linear_fp8(q, packed)
+    errors = f"error {error(out, quantised):.2e} of the sums, {error(out, exact):.2e} in all"
+    print(f"fp8 {m}x{k}x{n}: {errors}", flush=True)
+    return Case(
         f"fp8 {m}x{k}x{n}",
-        lambda tile: linear_fp8.linear_fp8(q, packed, tile=tile),
+        lambda w, tile: linear_fp8.linear_fp8(q, replace(packed, weight=w), tile=tile),
+        packed.weight,
         {
-            "cublas bf16": lambda: F.linear(x, weight, bias),
-            "ours bf16": lambda: gemm.linear_sm90a(x, weight, bias),
+            "cublas bf16": lambda w: F.linear(x, w, bias),
+            "ours bf16": lambda w: gemm.linear_sm90a(x, w, bias),
         },
+        weight,
         judge,
         programs("linear", (m, k, n), dtype="e4m3"),
     )
-    out = case.run(tile=None).double()
-    errors = [((out - t).norm() / t.norm()).item() for t in (quantised, exact)]
-    print(f"{case.name}: error {errors[0]:.2e} of the sums, {errors[1]:.2e} in all", flush=True)
-    return case
 
 
 GROUPS: dict[str, Callable[[], list[Case]]] = {
@@ -209,40 +221,58 @@ def run_group(name: str) -> dict:
     torch.manual_seed(0)
     cases = GROUPS[name]()
     for case in cases:
-        case.candidates = tiles(case.run)
+        case.candidates = tiles(case)
     compile_all([(case, tile) for case in cases for tile in case.candidates])
     return {"case": name, "rows": [measured(case) for case in cases]}
 
 
 def measured(case: Case) -> dict:
-    """Parity and determinism of every tile, then hot times of all and cold times of the best."""
-    good: dict[str, Callable[[], Tensor]] = {}
+    """Parity and determinism of every tile, then hot times of all and those of the best with
+    weights that come from device memory, as in a model: copies of the weight in turn."""
+    good: dict[str, Run] = {}
     wrong = []
     for tile in case.candidates:
-        out = case.run(tile=tile)
+        out = case.run(case.weight, tile=tile)
         fault = case.judge(out)
-        if not torch.equal(out, case.run(tile=tile)):
+        if not torch.equal(out, case.run(case.weight, tile=tile)):
             fault += " not the same bits twice"
         if fault:
             wrong.append(f"{label(tile)}: {fault}")
             print(f"{case.name} WRONG {wrong[-1]}", flush=True)
         else:
             good[label(tile)] = functools.partial(case.run, tile=tile)
-    hot = medians({**case.peers, **good}, cold=False)
+    hot = medians(case, good, [case.weight], [case.peer_weight])
     ranked = sorted(good, key=hot.__getitem__)
-    kept = {key: good[key] for key in ranked[:3]}
-    cold = medians({**case.peers, **kept}, cold=True)
+    ours, theirs = copies(case.weight), copies(case.peer_weight)
+    cold = medians(case, {key: good[key] for key in ranked[:4]}, ours, theirs)
     with programmatic.without_overlap():
-        alone = medians({key: good[key] for key in ranked[:1]}, cold=False)
+        alone = medians(case, {key: good[key] for key in ranked[:1]}, [case.weight], [])
     report(case, hot, cold, alone, ranked)
-    found = {"hot_us": hot, "cold_us": cold, "hot_without_overlap_us": alone}
+    found = {"hot_us": hot, "cold_weights_us": cold, "hot_without_overlap_us": alone}
     return {"case": case.name, **found, "chosen": label(case.candidates[0]), "wrong": wrong}
+
+
+def copies(weight: Tensor) -> list[Tensor]:
+    count = min(harness.MAX_CALLS, -(-COLD_BYTES // weight.nbytes))
+    return [weight.clone() for _ in range(count)]
+
+
+def medians(
+    case: Case, ours: dict[str, Run], weights: list[Tensor], peer_weights: list[Tensor]
+) -> dict[str, float]:
+    """Of our tiles on each of the weights in turn, and of the peers on theirs, if any."""
+    contenders = {key: [functools.partial(f, w) for w in weights] for key, f in ours.items()}
+    if peer_weights:
+        for key, peer in case.peers.items():
+            contenders[key] = [functools.partial(peer, w) for w in peer_weights]
+    timed = harness.measure(contenders, "cuda", effort=EFFORT)
+    return {key: t.median_us for key, t in timed.items()}
 
 
 def report(case: Case, hot: dict, cold: dict, alone: dict, ranked: Sequence[str]) -> None:
     peers = " ".join(f"{p} {hot[p]:.2f}/{cold[p]:.2f}" for p in case.peers)
     best_hot, best_cold = (min(times[p] for p in case.peers) for times in (hot, cold))
-    first = f"{case.name}: {peers} us hot/cold"
+    first = f"{case.name}: {peers} us hot/cold weights"
     print(first + "".join(f"; alone {t:.2f}" for t in alone.values()), flush=True)
     chosen = label(case.candidates[0])
     for key in dict.fromkeys([*ranked[:5], *(k for k in ranked if k == chosen)]):
@@ -251,15 +281,10 @@ def report(case: Case, hot: dict, cold: dict, alone: dict, ranked: Sequence[str]
         print(f"  {hot[key]:6.2f} {best_hot / hot[key]:.2f}x {key}{also}{mark}", flush=True)
 
 
-def medians(contenders: dict[str, Callable[[], Tensor]], cold: bool) -> dict[str, float]:
-    timed = harness.measure(contenders, "cuda", cold=cold, effort=EFFORT)
-    return {key: t.median_us for key, t in timed.items()}
-
-
 def label(tile: Tile) -> str:
     kind = " pingpong" if tile.pingpong else f" g{tile.groups}"
     kind += f" split{tile.split}" if tile.split > 1 else ""
-    return f"{tile.block_m}x{tile.block_n}{kind}" + (" x2" if tile.blocks_per_sm == 2 else "")
+    return f"{tile.block_m}x{tile.block_n}{kind}"
 
 
 def odd_shapes() -> dict:
@@ -280,9 +305,9 @@ def odd_shapes() -> dict:
         else:
             case = linear_case(m, k, n, kind == "residual")
         fits = gemm.candidates(-(-(deep if norm else k) // 64), gated, norm)
-        pairs += [(case, tiles(case.run)[0]), (case, dice.choice(fits))]
+        pairs += [(case, tiles(case)[0]), (case, dice.choice(fits))]
     compile_all(pairs)
-    faults = [(case, tile, case.judge(case.run(tile=tile))) for case, tile in pairs]
+    faults = [(case, tile, case.judge(case.run(case.weight, tile=tile))) for case, tile in pairs]
     wrong = [f"{case.name}, {tile}: {fault}" for case, tile, fault in faults if fault]
     count = len(pairs)
     print(f"odd shapes, seed {seed}: {count - len(wrong)} of {count} right", flush=True)
