@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import sys
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ from .harness import MAX_CALLS, Effort, measure
 from .rows import ROTATED_BYTES, STEP_SECONDS, Begin, Options, Outcome, left_out, op_named, prepare
 
 EFFORT = Effort(rounds=8, sample_us=400.0)
-COMPILE_SECONDS = 120.0  # of all candidates of a shape, on every core
+COMPILE_SECONDS = 300.0  # of all candidates of all shapes, on every core
 TILE_SECONDS = 20.0  # a tile's first runs; one that takes longer hangs
 ALIKE = 3
 NOISE = 0.01  # the model's own choice stays unless another is faster by more than this
@@ -78,21 +79,13 @@ class Called:
         return sets
 
 
-def tune_case(
-    case: Case,
-    dtype: str,
-    options: Options,
-    begin: Begin = lambda step, seconds: None,
-    lost: Sequence[str] = (),
-) -> Outcome:
-    """The tiles of every kernel of the case's op that has some, in `outcome.tiles`."""
-    outcome = Outcome()
-    begin("inputs", STEP_SECONDS)
+def calls_of(case: Case, dtype: str, options: Options) -> list[Called]:
+    """A call of each kernel of the case's op that has tiles."""
     subject = prepare(case, dtype, options)
-    for kernel in tiled(subject.call, options):
-        called = Called(subject.where, kernel.run, subject.args, {}, subject.judge)
-        outcome.tiles += tune_call(called, options.tiles, begin, lost)
-    return outcome
+    return [
+        Called(subject.where, kernel.run, subject.args, {}, subject.judge)
+        for kernel in tiled(subject.call, options)
+    ]
 
 
 def tune_call(
@@ -100,12 +93,31 @@ def tune_call(
     count: int,
     begin: Begin = lambda step, seconds: None,
     lost: Sequence[str] = (),
-) -> list[dict[str, Any]]:
-    """A result for each thing that the call asks."""
-    found = []
+) -> Outcome:
+    """The tiles of everything that the call asks, in `outcome.tiles`."""
+    outcome = Outcome()
     for request in requests(called.run, called.args, called.kwargs):
-        found += Tuned(called, request, count).measured(begin, lost)
-    return found
+        outcome.tiles += Tuned(called, request, count).measured(begin, lost)
+    return outcome
+
+
+def compile_all(calls: Sequence[Called], count: int) -> None:
+    """Every candidate of every call into the kernel cache, on every core."""
+    on_gpu = [called for called in calls if called.device.type == "cuda"]
+    if not on_gpu:
+        return
+    with unlaunched() as programs:
+        for called in on_gpu:
+            for request in requests(called.run, called.args, called.kwargs):
+                tuned = Tuned(called, request, count)
+                for tile in tuned.candidates():
+                    tuned.run(tile, called.args, called.kwargs)
+    arch = device_arch(on_gpu[0].device)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(program.compile, arch) for program in programs]
+    for job in jobs:
+        if job.exception():  # the tile's own turn reports it
+            print(f"a candidate does not compile: {str(job.exception())[:200]}", file=sys.stderr)
 
 
 def tiled(call: Call, options: Options) -> list[Kernel]:
@@ -175,8 +187,6 @@ class Tuned:
     def measured(self, begin: Begin, lost: Sequence[str]) -> list[dict[str, Any]]:
         """[] where no candidate is right, else one result."""
         candidates = [t for t in self.candidates() if tuning.name(t) not in lost]
-        begin("tiles compiled", COMPILE_SECONDS)
-        self.compile(candidates)
         wrong, right = {}, []
         for tile in candidates:
             begin(tuning.name(tile), TILE_SECONDS)
@@ -188,20 +198,12 @@ class Tuned:
         begin("timing", STEP_SECONDS)
         return [self.result(right, wrong)] if right else []
 
-    def compile(self, candidates: list[Any]) -> None:
-        """All programs into the kernel cache, on every core."""
-        if self.called.device.type != "cuda":
-            return
-        with unlaunched() as programs:
-            for tile in candidates:
-                self.run(tile, self.called.args, self.called.kwargs)
-        arch = device_arch(self.called.device)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda program: program.compile(arch), programs))
-
     def problem(self, tile: Any) -> str | None:
         """Why this tile is not timed."""
-        out = self.run(tile, self.called.args, self.called.kwargs)
+        try:
+            out = self.run(tile, self.called.args, self.called.kwargs)
+        except (RuntimeError, ValueError) as error:  # too much shared memory, no such instruction
+            return f"{type(error).__name__}: {str(error)[:200]}"
         poison(out)
         again = self.run(tile, self.called.args, self.called.kwargs)
         parity = self.called.judge(again)

@@ -122,20 +122,27 @@ def units(group: str, options: Options, limits: dict[str, Any]) -> Iterator[mode
     if group in MODEL_OPS:
         yield from model.units(group, options, limits)
         return
-    if group == MODEL_TILES:
-        for called in model_calls.model_calls(options):
-            yield model.Unit(called.where, functools.partial(_tuned, called, options))
+    if options.tiles:
+        yield from _tile_units(group, options)
         return
     for case, dtype in cases(options, group):
         where = {"op": case.op, "case": case.name, "dtype": dtype}
-        if options.tiles:
-            yield model.Unit(where, functools.partial(tune.tune_case, case, dtype, options))
-        else:
-            yield model.Unit(where, functools.partial(measure_case, case, dtype, limits, options))
+        yield model.Unit(where, functools.partial(measure_case, case, dtype, limits, options))
 
 
-def _tuned(called: tune.Called, options: Options, begin: Begin, lost: Sequence[str]) -> Outcome:
-    return Outcome(tiles=tune.tune_call(called, options.tiles, begin, lost))
+def _tile_units(group: str, options: Options) -> Iterator[model.Unit]:
+    """One for each call with tiles, after all their candidates are compiled."""
+    if group == MODEL_TILES:
+        calls = model_calls.model_calls(options)
+    else:
+        calls = [c for case in cases(options, group) for c in tune.calls_of(*case, options)]
+    tune.compile_all(calls, options.tiles)
+    for called in calls:
+
+        def run(begin: Begin, lost: Sequence[str], called: tune.Called = called) -> Outcome:
+            return tune.tune_call(called, options.tiles, begin, lost)
+
+        yield model.Unit(called.where, run)
 
 
 def measure_group(group: str, options: Options, out: Path) -> None:
@@ -149,8 +156,8 @@ def measure_group(group: str, options: Options, out: Path) -> None:
         run_file.write(run, out)
         return
     finished = journal.finished()
-    if group == MODEL_TILES:
-        journal.append(Entry("the model's calls", "inputs", model.MODEL_SECONDS))
+    if options.tiles:
+        journal.append(Entry(group, "inputs", tune.COMPILE_SECONDS))
     for unit in units(group, options, run["meta"].get("ceilings", {})):
         name = " | ".join(unit.where.values())
         if name not in finished:

@@ -215,7 +215,9 @@ class TestMeasuring:
     def tuned(self, lost=(), begin=lambda step, seconds: None):
         options = Options(device="cpu", backends=("cupy",), tiles=8)
         case = Case("silu", "12", lambda draw: (draw.normal(3, 4),), flops=1, elements=1)
-        outcome = tune.tune_case(case, "float32", options, begin, lost)
+        (called,) = tune.calls_of(case, "float32", options)
+        tune.compile_all([called], options.tiles)  # nothing to do on a CPU
+        outcome = tune.tune_call(called, options.tiles, begin, lost)
         assert not outcome.rows and not outcome.failures
         return outcome.tiles
 
@@ -229,7 +231,7 @@ class TestMeasuring:
             "model": {"rows": 256, "split": 2, "patch": True}, "model_us": None,
         }  # fmt: skip
         assert list(result["wrong"]) == ["Tile(rows=256, split=2, patch=True)"]
-        assert steps[:2] == ["inputs", "tiles compiled"] and steps[-1] == "timing"
+        assert steps[0] == "Tile(rows=256, split=2, patch=True)" and steps[-1] == "timing"
         assert "3 right, 1 wrong" in tune.line(result)
         tuning.save(CARD, "0123456", tune.table([result]), tuning.user_path(CARD))
         assert kernel.run(torch.zeros(12)).sum() == 0  # the right tile from now on
@@ -243,6 +245,13 @@ class TestMeasuring:
         monkeypatch.setattr(tune.Tuned, "problem", lambda self, tile: None)
         (result,) = self.tuned()
         assert result["entry"]["tile"] == result["entry"]["model"]
+
+    def test_a_tile_that_raises_is_wrong(self, kernel, monkeypatch):
+        def raising(self, tile, args, kwargs):
+            raise RuntimeError("too much shared memory")
+
+        monkeypatch.setattr(tune.Tuned, "run", raising)
+        assert self.tuned() == []
 
     def test_nothing_right_gives_nothing(self, kernel, monkeypatch):
         monkeypatch.setattr(tune.Tuned, "problem", lambda self, tile: "wrong")
