@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mirage_hello import reference
+from mirage_hello.kernels.conv2d_norm import Norm
 from mirage_hello.kernels.conv2d_sm90a import conv2d_fused_sm90a
 from mirage_hello.kernels.product_sm90a import Tile
 
@@ -81,6 +82,7 @@ def conv2d_fp8(
     residual: Tensor | None = None,
     skip: Tensor | None = None,
     upsample: bool = False,
+    norm: Norm | None = None,
     unit: int = 0,
     activation: str | None = None,
     tile: Tile | None = None,
@@ -89,26 +91,30 @@ def conv2d_fp8(
 
     Args:
         x, skip: e4m3 [B, C, H, W] and [B, C', H, W], channels-last, C and C' multiples of 16; both
-            with x_scale.
+            with x_scale. With a norm: bfloat16, and x_scale is that of the normalised input, which
+            is rounded to e4m3 in shared memory: nothing else is quantised.
         weight: of quantise_weight.
         bias [O], channel_bias [B, O], residual [B, O, P, Q]: bfloat16, as in ops.conv2d.
-        unit, activation: as in conv2d_fused.
+        norm, unit, activation: as in conv2d_fused.
         tile: overrides the choice.
 
     Returns:
         (out, sums): bfloat16 [B, O, P, Q], channels-last, and the sums of conv2d_fused.
 
     Raises:
-        TypeError: x is not e4m3.
+        TypeError: x is not e4m3, or with a norm not bfloat16.
 
     Numerics: products exact; wgmma keeps about 14 bits of their sums, which are added in float32
         after every few K blocks (`Tile.promote`).
     """
-    if x.dtype != E4M3:
-        raise TypeError(f"conv2d_fp8: x must be float8_e4m3fn (got {x.dtype}); use quantise")
+    expected = E4M3 if norm is None else torch.bfloat16
+    if x.dtype != expected:
+        advice = "use quantise" if norm is None else "a norm reads bfloat16"
+        raise TypeError(f"conv2d_fp8: x must be {expected} (got {x.dtype}); {advice}")
     return conv2d_fused_sm90a(
         x, weight.values, bias, stride, padding, channel_bias, residual, skip, upsample,
-        unit=unit, activation=activation, scales=weight.scales * x_scale, tile=tile,
+        norm=norm, unit=unit, activation=activation, scales=weight.scales * x_scale,
+        quantum=x_scale, tile=tile,
     )  # fmt: skip
 
 

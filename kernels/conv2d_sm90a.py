@@ -1,6 +1,7 @@
 """conv2d on Hopper: the launch of ptx/conv2d.sm90a.ptx.j2."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from mirage_hello.kernels.product_sm90a import SHORT_NAME, Tile
 from mirage_hello.ptx import loader
 
 __all__ = ["candidates", "choose_tile", "conv2d_fused_sm90a", "conv2d_sm90a", "program", "supports"]
+
+# Switches of the template that the sweeps time
+STRAIGHT = False  # passes of the epilogue without branches between them
+AHEAD = 4  # weight tiles in flight while the ring is fresh
 
 
 def conv2d_sm90a(
@@ -46,11 +51,13 @@ def conv2d_fused_sm90a(
     unit: int = 0,
     activation: str | None = None,
     scales: Tensor | None = None,
+    quantum: float = 1.0,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See conv2d_fused.conv2d_fused; `tile` overrides the choice.
 
-    scales: float32 [O], of e4m3 x and weight: what a product of theirs counts; out is bfloat16.
+    scales: float32 [O], of an e4m3 weight and an e4m3 x: what a product of theirs counts; out is
+        bfloat16. With a norm x is bfloat16, and e4m3 in units of `quantum` once normalised.
 
     Raises:
         ValueError: a tile whose slices are narrower than a unit.
@@ -68,6 +75,7 @@ def conv2d_fused_sm90a(
     shape = (batch * up**2, grid_p, grid_q, outputs, blocks, r, s, stride)
     tile = tile or choose_tile(*shape, unit, 0 if norm is None else norm.groups, fp8)
     norm = norm and merged_early(norm, x)
+    tile = replace(tile, quantises=fp8 and norm is not None)
     table_bytes = tile.table_bytes(batch, blocks, r * s, norm.groups) if norm else 0
     tile = tile.fitted(tile.share(blocks), r, s, table_bytes)
     rows = 8 * tile.warpgroups
@@ -94,6 +102,7 @@ def conv2d_fused_sm90a(
             *((math.prod(tiles), *tiles[:2]) if tile.persistent else (tiles_x,) if unit else ()),
             blocks, p, q, tiles_y, padding, channels,
             *(norm_args(norm, x, skip, batch if tile.persistent else 1) if norm else ()),
+            *((1 / quantum,) if tile.quantises else ()),
         ),
         smem_bytes=tile.layout(r, s)[1] + table_bytes,
     )  # fmt: skip
@@ -128,7 +137,8 @@ def program(
         "conv2d.sm90a", OP="conv2d", R=r, S=s, STRIDE=stride, SKIP=skip, UPSAMPLE=upsample,
         PATCH=tile.patch, PATCH_STAGES=tile.patch_stages, dtype=dtype, SUMS=unit,
         SUM_SLOTS=_slots(tile, unit), SILU=silu, NORM=norm_silu is not None,
-        NORM_SILU=bool(norm_silu), FP8=fp8, PROMOTE=tile.promote, **tile.variables(r, s),
+        NORM_SILU=bool(norm_silu), FP8=fp8, PROMOTE=tile.promote, STRAIGHT=STRAIGHT, AHEAD=AHEAD,
+        **tile.variables(r, s),
     )  # fmt: skip
 
 

@@ -48,9 +48,12 @@ def choose_tile(
     def fitting() -> list[Tile]:
         found = candidates(blocks, r, s, stride, patch=bool(groups))
         found = [t for t in found if not unit or t.sum_slots(unit)]
+        if groups and not fp8:
+            found = [replace(t, patches=3) for t in found]
         if fp8:
             fits = (t for t in found if t.block_n <= PROMOTED_WIDEST[t.warpgroups])
-            found = [replace(t, promote=PROMOTE) for t in fits if t.blocks_per_sm == 1]
+            fits = (t for t in fits if t.blocks_per_sm == 1)
+            found = [replace(t, promote=PROMOTE, quantises=bool(groups)) for t in fits]
         return [t for t in found if not groups or _normalises(t, batch, blocks, r, s, groups)]
 
     def clocks(tile: Tile) -> float:
@@ -68,6 +71,8 @@ def choose_tile(
 def _normalises(tile: Tile, batch: int, blocks: int, r: int, s: int, groups: int) -> bool:
     """Whether a tile leaves registers and shared memory to a warpgroup that normalises."""
     if not tile.patch or tile.blocks_per_sm > 1 or tile.block_n > NORM_WIDEST[tile.warpgroups]:
+        return False
+    if tile.promote and tile.block_n > 128:
         return False
     share = tile.share(blocks)
     table_bytes = tile.table_bytes(batch, blocks, r * s, groups)

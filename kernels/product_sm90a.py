@@ -30,8 +30,11 @@ class Tile:
     stages: K blocks in flight; None: as many as the shared memory holds, at most 12.
     persistent: one block a multiprocessor takes several tiles, and loads the next one while it
         stores; split must be 1.
+    patches: in flight; 3 where a norm rewrites them, so that the load, the norm and the products
+        have one each.
     promote: of e4m3 operands: K blocks whose products wgmma sums with its 14 bits before they are
         added in float32; 0: all.
+    quantises: a norm writes e4m3 patches beside the bfloat16 ones that were loaded.
     """
 
     warpgroups: int
@@ -41,11 +44,13 @@ class Tile:
     patch: bool = False
     stages: int | None = None
     persistent: bool = False
+    patches: int = 2
     promote: int = 0
+    quantises: bool = False
 
     @property
     def patch_stages(self) -> int:
-        return 2 if self.patch else 0
+        return self.patches if self.patch else 0
 
     @property
     def block_m(self) -> int:
@@ -60,7 +65,7 @@ class Tile:
     def pipeline_bytes(self, stages: int, r: int = 1, s: int = 1) -> int:
         """Patches and stages; a stage is a weight tile, with the pixels unless there is a patch."""
         pixels, weight = self.pixel_bytes(r, s), self.block_n * 128
-        ring = self.patch_stages * pixels
+        ring = self.patch_stages * pixels * (2 if self.quantises else 1)
         return ring + stages * (weight if self.patch else pixels + weight)
 
     @property
@@ -96,7 +101,7 @@ class Tile:
     def most_stages(self, share: int, r: int = 1, s: int = 1, table_bytes: int = 0) -> int:
         """Stages that fit beside a table, no more than the K blocks of a block of the cluster; 0:
         none fit."""
-        room = SMEM_BYTES[self.blocks_per_sm] - 8 - 16 * MAX_STAGES - 24 * self.patch_stages
+        room = SMEM_BYTES[self.blocks_per_sm] - 8 - 16 * MAX_STAGES - 32 * self.patch_stages
         room -= 4 * self.block_m + table_bytes
         fits = [n for n in range(1, MAX_STAGES + 1) if self.barriers_at(n, r, s) <= room]
         return min(max(fits, default=0), MAX_STAGES if self.persistent else max(share, 2))
@@ -116,14 +121,14 @@ class Tile:
         assert self.stages is not None
         bars = self.barriers_at(self.stages, r, s)
         sums = 4 * self.block_m  # pixels that each row of threads counts
-        return bars, bars + 16 * self.stages + 24 * self.patch_stages + 8 + sums
+        return bars, bars + 16 * self.stages + 32 * self.patch_stages + 8 + sums
 
     def table_bytes(self, batch: int, blocks: int, taps: int, groups: int) -> int:
         """Of a norm: float32 scales and shifts of the channels in a block's part of K, and its
         groups' statistics. A persistent block takes tiles of every image."""
         images = batch if self.persistent else 1
         depth = min(-(-self.share(blocks) // taps) + (self.split > 1), -(-blocks // taps))
-        return 16 + images * depth * 512 + 8 * groups
+        return 16 + images * depth * (1024 if self.quantises else 512) + 8 * groups
 
     def variables(self, r: int = 1, s: int = 1) -> dict[str, int | bool]:
         """Template variables of a fitted tile."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mirage_hello.kernels import conv2d_fp8 as page
+from mirage_hello.kernels import conv2d_fused as fused
 from mirage_hello.kernels import parity
 from mirage_hello.kernels.conv2d_sm90a import program
 from mirage_hello.kernels.conv2d_tiles import PROMOTED_WIDEST, choose_tile
@@ -60,6 +61,25 @@ def test_emulated_inputs(options):
     check(tile, 2, 48, 5, 9, 32, **options)
 
 
+@pytest.mark.parametrize("tile", [PATCH, Tile(2, 48, 2, patch=True, promote=4), TILES[4]], ids=str)
+@pytest.mark.parametrize("skip_channels", [0, 80])
+def test_emulated_norm_rounds_to_e4m3(tile, skip_channels):
+    """C ends inside the first 64 of a block, with a skip of another block; padding stays 0."""
+    x, skip = draw(2, 160, 9, 9) + 1, draw(2, skip_channels, 9, 9)
+    channels = 160 + skip_channels
+    sums = [fused.sums_torch(t, 10) for t in ((x, skip) if skip_channels else (x,))]
+    norm = fused.Norm(sums[0], channels // 40, draw(channels), draw(channels), *sums[1:])
+    weight = page.Weight((draw(24, channels, 3, 3) * 100).to(page.E4M3), torch.rand(24) / channels)
+    args = (draw(24), 1, 1, None, None, skip if skip_channels else None)
+    out, _ = page.conv2d_fp8(x, weight, 0.02, *args, norm=norm, tile=tile)
+    joined = torch.cat([x, skip], 1).double()
+    scale, shift = (t.double()[:, :, None, None] for t in fused.scale_and_shift(norm))
+    rounded = page.quantise(torch.nn.functional.silu(joined * scale + shift), 0.02)
+    truth = page.conv2d_fp8_torch(rounded, weight, 0.02, *args[:5])
+    # tanh.approx moves values across e4m3's rounding: one in some hundred by 2^-3 of itself
+    assert ((out.double() - truth).norm() / truth.norm()) < 6e-3
+
+
 def test_short_sums_are_promoted():
     """Of 2304 equal products wgmma's 14 bits lose what float32 keeps."""
     x = torch.ones(1, 256, 8, 8).contiguous(memory_format=torch.channels_last)
@@ -99,7 +119,7 @@ def test_values_past_the_calibrated_range_are_clamped():
                 draw(1, 16, 4, 4), page.quantise_weight(draw(8, 16, 3, 3)), 1.0
             ),
             TypeError,
-            "x must be float8_e4m3fn",
+            "x must be torch.float8_e4m3fn",
         ),
     ],
 )

@@ -18,6 +18,7 @@ from torch import Tensor
 from mirage_hello.bench.sweeps import product, runner
 from mirage_hello.bench.sweeps.conv2d import CASES, image
 from mirage_hello.kernels import conv2d_fp8 as page
+from mirage_hello.kernels import conv2d_fused as fused
 from mirage_hello.kernels import conv2d_sm90a as conv
 from mirage_hello.kernels import tuning
 from mirage_hello.kernels.product_sm90a import Tile
@@ -64,10 +65,21 @@ def run_case(name: str) -> dict:
     for tile in tiles:
         key = f"{product.label(tile)} promote{tile.promote}"
         contenders[key] = functools.partial(run, tile)
+    product.compile_all(contenders.values())
+    for key in list(contenders)[1:]:
         out = contenders[key]()[:1, few].double()
         errors[key] = [((out - t).norm() / t.norm()).item() for t in (exact, before)]
+    if stride == 1:  # GroupNorm+SiLU on load, to bfloat16 and to e4m3
+        unit = {128: 4, 512: 16}.get(c, 10)
+        norm = fused.Norm(
+            fused.sums_torch(x, unit), 32, *torch.randn(2, c, device="cuda").bfloat16()
+        )
+        contenders["norm bf16"] = lambda: conv.conv2d_fused_sm90a(x, weight, *rest, norm=norm)[0]
+        contenders["norm e4m3"] = lambda: page.conv2d_fp8(x, packed, 0.02, *rest, norm=norm)[0]
     hot, cold = (product.medians(contenders, cold=cold) for cold in (False, True))
     print(f"{name}: bf16 {hot['bf16']:.2f} {cold['bf16']:.2f} us hot/cold", flush=True)
+    for key in [key for key in contenders if key.startswith("norm")]:
+        print(f"  {hot[key]:7.2f} {cold[key]:7.2f} us {key}", flush=True)
     for key, (sums, e4m3) in errors.items():
         ratios = f"{hot['bf16'] / hot[key]:.2f}x {cold['bf16'] / cold[key]:.2f}x"
         numbers = f"sums {sums:.1e} e4m3 {e4m3:.1e}"

@@ -4,8 +4,10 @@ python bench/sweeps/conv2d_fused.py [CASE-SUBSTRING]      writes $OUT/sweep-conv
 
     conv            the chosen tile, weights loading under the kernel before (griddepcontrol)
     alone           the same text without griddepcontrol: starts when the kernel before has ended
+    ahead 12        weights fill a fresh ring at once, before the first patch
+    straight        no branches between the passes of the epilogue
     conv+sums       with the statistics of its output
-    norm+conv+sums  GroupNorm+SiLU of the input while it is read, from its producer's sums
+    norm N +sums    GroupNorm+SiLU of the input while it is read, N patches in flight
     norm, conv      ops.group_norm_silu, statistics and all, then conv
     cudnn norm...   torch's GroupNorm and SiLU, then cuDNN
 """
@@ -13,6 +15,7 @@ python bench/sweeps/conv2d_fused.py [CASE-SUBSTRING]      writes $OUT/sweep-conv
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -25,6 +28,7 @@ from mirage_hello.bench.sweeps.conv2d import CASES, image
 from mirage_hello.kernels import conv2d_fused as page
 from mirage_hello.kernels import conv2d_sm90a as conv
 from mirage_hello.kernels import ops, parity
+from mirage_hello.kernels.product_sm90a import Tile
 from mirage_hello.ptx import loader
 
 UNITS = {128: 4, 512: 16}  # C / 32; 10 for the widths of a U-Net
@@ -72,9 +76,17 @@ def run_case(name: str) -> dict:
     unit = UNITS.get(o, 10)
     args = (x, weight, bias, stride, 1)
 
-    @mock.patch.object(conv, "program", alone)
-    def without_overlap() -> Tensor:
-        return conv.conv2d_sm90a(*args)
+    def switched(name: str, value: object, **options: Any) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with mock.patch.object(conv, name, value):
+                return conv.conv2d_fused_sm90a(*args, **options)[0]
+
+        return run
+
+    def tile_of(patches: int) -> Tile:
+        blocks, p = 9 * -(-c // 64), (size - 1) // stride + 1
+        chosen = conv.choose_tile(b, p, p, o, blocks, 3, 3, stride, unit, groups)
+        return replace(chosen, patches=patches)
 
     groups = 32
     norm_weight, norm_bias = (torch.randn(c, device="cuda", dtype=x.dtype) for _ in range(2))
@@ -86,8 +98,11 @@ def run_case(name: str) -> dict:
     contenders: dict[str, Callable[[], Tensor]] = {
         "cudnn": lambda: F.conv2d(*args),
         "conv": lambda: conv.conv2d_sm90a(*args),
-        "alone": without_overlap,
+        "alone": switched("program", alone),
+        "ahead 12": switched("AHEAD", 12),
+        "straight": switched("STRAIGHT", True),
         "conv+sums": lambda: conv.conv2d_fused_sm90a(*args, unit=unit)[0],
+        "straight+sums": switched("STRAIGHT", True, unit=unit),
     }
     after_norm: dict[str, Callable[[], Tensor]] = {
         "cudnn norm": lambda: F.conv2d(
@@ -96,9 +111,11 @@ def run_case(name: str) -> dict:
         "norm, conv": normalised(lambda t: conv.conv2d_sm90a(t, *args[1:])),
     }
     if stride == 1:
-        after_norm["norm+conv+sums"] = lambda: conv.conv2d_fused_sm90a(*args, norm=norm, unit=unit)[
-            0
-        ]
+        for patches in (2, 3):
+            options: dict[str, Any] = {"norm": norm, "unit": unit, "tile": tile_of(patches)}
+            after_norm[f"norm {patches} +sums"] = switched("STRAIGHT", False, **options)
+        after_norm["norm 3 straight"] = switched("STRAIGHT", True, **options)
+    product.compile_all([*contenders.values(), *after_norm.values()])
     expect(name, contenders, args)
     normed = F.silu(F.group_norm(x.float(), groups, norm_weight.float(), norm_bias.float()))
     expect(name, after_norm, (normed, *args[1:]))

@@ -5,10 +5,11 @@ is right. Each case runs in a process of its own with a time limit, so a kernel 
 little.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from mirage_hello.bench import harness
 from mirage_hello.kernels import parity
 from mirage_hello.kernels.product_sm90a import Tile
+from mirage_hello.ptx import loader
 
 EFFORT = harness.Effort(rounds=6, sample_us=500.0)
 
@@ -63,6 +65,20 @@ def measure(name: str, case: Candidates) -> dict:
             flush=True,
         )
     return {"case": name, "hot_us": hot, "cold_us": cold, "wrong": wrong}
+
+
+def compile_all(contenders: Iterable[Callable[[], Any]]) -> None:
+    """The PTX that the contenders would launch, on all cores; nothing is launched."""
+    found: list[loader.Program] = []
+
+    def launch(program: loader.Program, *args: Any, **kwargs: Any) -> None:
+        found.append(program)
+
+    with mock.patch.object(loader.Program, "launch", launch):
+        for run in contenders:
+            run()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda program: program.compile("sm_90a"), set(found)))
 
 
 def medians(contenders: Mapping[str, Callable[[], Tensor]], cold: bool) -> dict[str, float]:
