@@ -11,6 +11,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import sanitizer_witnesses
 import torch
 from torch import Tensor
 
@@ -267,6 +268,13 @@ def group_norm_silu_of_8(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return reference.group_norm_silu(x, 8, weight, bias, 1e-5)
 
 
+def witnesses() -> Iterator[SanitizedCall]:
+    for name in sanitizer_witnesses.PARTS:
+        run = partial(sanitizer_witnesses.run, name)
+        args = (torch.zeros(32, dtype=torch.int32),)
+        yield SanitizedCall(name, run, lambda out: 131 - torch.arange(32), args)
+
+
 ELEMENTWISE = (
     "add_noise", "axpby", "ddim_step", "euler_step", "frame_to_model", "guidance",
     "model_to_frame", "residual_add", "silu",
@@ -288,6 +296,7 @@ FAMILIES: dict[str, tuple[Callable[..., Iterator[SanitizedCall]], ...]] = {
     "group_norm": (lambda: samples("group_norm", "group_norm_silu"), group_norm_plans),
     "layer_norm": (lambda: samples("layer_norm"),),
     "elementwise": (lambda: samples(*ELEMENTWISE),),
+    "witnesses": (witnesses,),
 }
 
 
