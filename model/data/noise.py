@@ -4,6 +4,8 @@ A world must look the same on the CPU of a test and on the GPU of a training run
 any order, so nothing here keeps a generator's state: a random number is a hash of what it is for.
 """
 
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,8 @@ from torch import Tensor
 GOLDEN = 0x9E3779B1 - (1 << 32)
 MIX_A = 0x7FEB352D
 MIX_B = 0x846CA68B - (1 << 32)
+# Whether hashes on CUDA are one kernel each: `Worlds` says so while it renders.
+fused: ContextVar[bool] = ContextVar("fused hashes", default=False)
 
 
 def hashed(*keys: Tensor | int) -> Tensor:
@@ -25,6 +29,11 @@ def hashed(*keys: Tensor | int) -> Tensor:
     Returns:
         int32 tensor of the broadcast shape; every bit depends on every key.
     """
+    if fused.get() and any(isinstance(k, Tensor) and k.is_cuda for k in keys):
+        from mirage_hello.model.data import noise_triton
+
+        if noise_triton.fits(keys):
+            return noise_triton.hashed(keys, False)
     device = next(k.device for k in keys if isinstance(k, Tensor))
     h = torch.zeros((), dtype=torch.int32, device=device)
     for key in keys:
@@ -40,6 +49,11 @@ def hashed(*keys: Tensor | int) -> Tensor:
 
 def uniform(*keys: Tensor | int) -> Tensor:
     """u = (hash mod 2^24) / 2^24: a float32 in [0, 1), exact on every device."""
+    if fused.get() and any(isinstance(k, Tensor) and k.is_cuda for k in keys):
+        from mirage_hello.model.data import noise_triton
+
+        if noise_triton.fits(keys):
+            return noise_triton.hashed(keys, True)
     return (hashed(*keys) & 0xFFFFFF).to(torch.float32) * (1.0 / (1 << 24))
 
 

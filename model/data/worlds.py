@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_hello.model.data import city as c
+from mirage_hello.model.data import noise
 from mirage_hello.model.data import raycast as r
 from mirage_hello.model.data.city import Camera, City
 from mirage_hello.model.data.styles import STYLES, VIEWS
@@ -100,16 +101,28 @@ class Worlds:
         unknown = [s for s in styles or () if s not in STYLES]
         if unknown:
             raise ValueError(f"worlds: unknown style {unknown[0]!r}; known: {', '.join(STYLES)}")
-        config = self.config
+        token = noise.fused.set(self.config.fused)
+        try:
+            return self.shot(clips, frames, styles)
+        finally:
+            noise.fused.reset(token)
+
+    def shot(self, clips: City, frames: Tensor, styles: Sequence[str] | None) -> Shot:
+        """`render` of arguments that are known to be good."""
+        config, batch = self.config, len(frames)
         height, width = config.height * config.supersample, config.width * config.supersample
         camera = c.camera_at(clips.seeds, frames, config.cut_frames)
         look = self.first_look(clips, frames, camera, height, width)
-        view = VIEWS[config.view](look, surface_of(look))
+        surface = surface_of(look)
+        view = VIEWS[config.view](look, surface)
         target = view.clone()
         for style in dict.fromkeys(styles or ()):
-            rows = torch.tensor([i for i, s in enumerate(styles or ()) if s == style])
-            rows = rows.to(self.device)
-            part = take(look, rows) if len(rows) < batch else look
+            chosen = [i for i, s in enumerate(styles or ()) if s == style]
+            if len(chosen) == batch:
+                target = STYLES[style](look, surface)
+                break
+            rows = torch.tensor(chosen).to(self.device)
+            part = take(look, rows)
             target[rows] = STYLES[style](part, surface_of(part))
         motion, before, cut = self.motion(look, clips, frames, camera)
         depth = look.hits.distance.view(batch, 1, height, width)

@@ -35,10 +35,10 @@ class TrainConfig:
     cells: int = 14  # how far the renderer's rays go, in cells of 10 units
     camera_share: float = 0.2  # clips whose input view looks like a camera's
     cut_share: float = 0.25  # clips with scene cuts inside
-    pool_clips: int = 256  # latents of this many clips stay on the device
+    pool_clips: int = 160  # latents of this many clips stay on the device
     clip_frames: int = 40
     refresh_clips: int = 16  # so many new clips, of one style, ...
-    refresh_every: int = 96  # ... every so many steps
+    refresh_every: int = 120  # ... every so many steps
     autoencoder_refresh_every: int = 8
     # Lengths.
     autoencoder_steps: int = 15000

@@ -19,7 +19,7 @@ from mirage_hello.model.data.city import HELD_OUT
 from mirage_hello.model.data.loader import ClipLoader
 from mirage_hello.model.data.styles import STYLES
 from mirage_hello.model.data.video import ClipConfig, VideoClips
-from mirage_hello.model.data.worlds import WorldConfig, Worlds
+from mirage_hello.model.data.worlds import Shot, WorldConfig, Worlds
 from mirage_hello.model.training.config import TrainConfig, TrainingError
 
 STYLE_NAMES = tuple(STYLES)
@@ -89,6 +89,19 @@ def worlds_of(config: TrainConfig, planned: Plan, device: torch.device) -> World
         view=planned.view, fused=config.fused and fused_on(device), motion=False,
     )  # fmt: skip
     return Worlds(world, device)
+
+
+class Scene:
+    """The worlds of one refresh: any frame of them."""
+
+    def __init__(self, config: TrainConfig, planned: Plan, device: torch.device) -> None:
+        self.planned = planned
+        self.worlds = worlds_of(config, planned, device)
+        self.city = self.worlds.clips(planned.seeds)
+        self.names = [STYLE_NAMES[i] for i in planned.styles.tolist()]
+
+    def frame(self, numbers: Tensor) -> Shot:
+        return self.worlds.render(self.city, numbers, self.names)
 
 
 def plain_of(frames: Tensor) -> Tensor:
@@ -177,9 +190,7 @@ class FramePool(Pool):
         planned = plan(self.config, self.rank, number, self.config.refresh_clips, domain=1)
         target = self.real()
         if target is None:
-            worlds = worlds_of(self.config, planned, self.device)
-            names = [STYLE_NAMES[i] for i in planned.styles.tolist()]
-            shot = worlds.render(worlds.clips(planned.seeds), planned.first, names)
+            shot = Scene(self.config, planned, self.device).frame(planned.first)
             frames = torch.cat((shot.view, shot.target))
         else:
             frames = torch.cat((plain_of(target[:, 0]), target[:, 0]))
@@ -195,7 +206,11 @@ class FramePool(Pool):
 
 
 class ClipPool(Pool):
-    """Latents of clips. views, targets [N, T, C, h, w]; sinks [N, C, h, w]; styles int64 [N]."""
+    """Latents of clips. views, targets [N, T, C, h, w]; sinks [N, C, h, w]; styles int64 [N].
+
+    A rendered refresh is made frame by frame beside the pool (`render_until`), so that a training
+    step can hide the host's work for one, and moved into it when it is whole.
+    """
 
     def __init__(
         self, config: TrainConfig, encode: Encode, channels: int, device: torch.device, rank: int,
@@ -207,11 +222,40 @@ class ClipPool(Pool):
         n, t, side = config.pool_clips, config.clip_frames, config.size // 8
         # A bfloat16 latent of deviation 0.5 has steps of 0.002, a hundredth of that.
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        shape = (n, t, channels, side, side)
-        self.views = torch.zeros(shape, dtype=dtype, device=device)
-        self.targets = torch.zeros(shape, dtype=dtype, device=device)
-        self.sinks = torch.zeros(n, channels, side, side, dtype=dtype, device=device)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, channels, side, side, dtype=dtype, device=device)
+
+        self.views, self.targets, self.sinks = zeros(n, t), zeros(n, t), zeros(n)
         self.styles = torch.zeros(n, dtype=torch.int64, device=device)
+        # The refresh that is being made: its latents, its scene, and how many frames are done.
+        new = config.refresh_clips
+        self.new_views, self.new_targets = zeros(new, t), zeros(new, t)
+        self.new_sinks = zeros(new)
+        self.scene: Scene | None = None
+        self.done = 0
+
+    def render_until(self, share: float) -> None:
+        """Make the next refresh as far as this share of it; nothing where clips are real."""
+        if self.loader is None:
+            self.make(self.number, round(share * (self.config.clip_frames + 1)))
+
+    @torch.no_grad()
+    def make(self, number: int, until: int) -> None:
+        """Frames of refresh `number` up to `until`; the last is the sink."""
+        count, frames = self.config.refresh_clips, self.config.clip_frames
+        if self.done < until and self.scene is None:
+            planned = plan(self.config, self.rank, number, count)
+            self.scene = Scene(self.config, planned, self.device)
+        while self.done < until:
+            assert self.scene is not None
+            if self.done < frames:
+                shot = self.scene.frame(self.scene.planned.first + self.done)
+                self.write(self.new_views, self.new_targets, self.done, shot.view, shot.target)
+            else:
+                sink = self.scene.frame(self.scene.planned.sink).target
+                self.new_sinks.copy_(self.encode(sink))
+            self.done += 1
 
     @torch.no_grad()
     def refresh(self, number: int) -> None:
@@ -221,21 +265,17 @@ class ClipPool(Pool):
         clips = self.real()
         if clips is not None:
             for t in range(frames):
-                self.write(rows, t, plain_of(clips[:, t]), clips[:, t])
-            self.sinks[rows] = self.targets[rows, 0]
+                self.write(self.new_views, self.new_targets, t, plain_of(clips[:, t]), clips[:, t])
+            self.new_sinks.copy_(self.new_targets[:, 0])
             self.styles[rows] = REAL_STYLE
-            return
-        planned = plan(self.config, self.rank, number, count)
-        worlds = worlds_of(self.config, planned, self.device)
-        city = worlds.clips(planned.seeds)
-        names = [STYLE_NAMES[i] for i in planned.styles.tolist()]
-        for t in range(frames):
-            shot = worlds.render(city, planned.first + t, names)
-            self.write(rows, t, shot.view, shot.target)
-        sink = worlds.render(city, planned.sink, names).target
-        self.sinks[rows] = self.encode(sink).to(self.sinks.dtype)
-        self.styles[rows] = planned.styles.to(self.device)
+        else:
+            self.make(number, frames + 1)
+            assert self.scene is not None
+            self.styles[rows] = self.scene.planned.styles.to(self.device)
+        self.views[rows], self.targets[rows] = self.new_views, self.new_targets
+        self.sinks[rows] = self.new_sinks
+        self.scene, self.done = None, 0
 
-    def write(self, rows: slice, t: int, view: Tensor, target: Tensor) -> None:
-        latents = self.encode(torch.cat((view, target))).to(self.views.dtype)
-        self.views[rows, t], self.targets[rows, t] = latents.chunk(2)
+    def write(self, views: Tensor, targets: Tensor, t: int, view: Tensor, target: Tensor) -> None:
+        latents = self.encode(torch.cat((view, target))).to(views.dtype)
+        views[:, t], targets[:, t] = latents.chunk(2)

@@ -100,6 +100,7 @@ class VideoStage:
             replaced = self.pool.advance()
             if self.streams:
                 self.streams.lose(replaced)
+        self.pool.render_until((number % config.refresh_every + 1) / config.refresh_every)
         spans = config.rollouts
         self.longest.fill_(spans[min(len(spans) - 1, int(progress * len(spans)))])
         self.optimiser.prepare(progress)
