@@ -32,6 +32,7 @@ class Tile:
     v_turned: V is turned by a kernel before this one, not for each block of queries.
     promote: key blocks whose P V wgmma's short accumulator sums before float32 does; 0: all.
     sums_in_shared: those float32 sums, instead of a second set of registers.
+    ahead: the scores of the next block are computed under the exponentials of this one.
     """
 
     warpgroups: int
@@ -45,6 +46,7 @@ class Tile:
     v_turned: bool = False
     promote: int = 1
     sums_in_shared: bool = False
+    ahead: bool = False
 
     def smem_bytes(self, head_dim: int) -> int:
         """Q rows, as wide as the bfloat16 output; K, V^T and V of each stage; barriers."""
@@ -68,6 +70,7 @@ class Tile:
             V_TURNED=self.v_turned,
             PROMOTE=self.promote,
             SUMS_IN_SHARED=self.sums_in_shared,
+            AHEAD=self.ahead,
         )
 
 

@@ -45,6 +45,11 @@ def tiles(d: int) -> list[Tile]:
         found += [replace(t, v_turned=True) for t in in_turns([*promoted, short[1], short[3]])]
         wide = [Tile(2, n, 2, promote=4, sums_in_shared=True, v_turned=True) for n in (160, 192)]
         found += in_turns(wide) + in_turns([replace(short[1], q_registers=True)])
+        ahead = [Tile(2, n, 3, promote=0, ahead=True) for n in (96, 128)]
+        ahead.append(Tile(2, 96, 3, promote=4, sums_in_shared=True, ahead=True))
+        found += [
+            replace(t, poly=p, v_turned=v) for t in ahead for p in (0, 1) for v in (False, True)
+        ]
     elif d == 64:
         base = [Tile(3, 96, 3), Tile(3, 96, 3, promote=4), Tile(2, 192, 2)]
         base += [Tile(3, 128, 3, promote=4, sums_in_shared=True), Tile(3, 128, 3, promote=0)]
@@ -55,7 +60,7 @@ def tiles(d: int) -> list[Tile]:
 
 
 def in_turns(found: list[Tile]) -> list[Tile]:
-    return [replace(t, ping_pong=p) for t in found for p in ("", "issue", "scores")]
+    return [replace(t, ping_pong=p) for t in found for p in ("", "scores")]
 
 
 def error(out: Tensor, truth: Tensor) -> float:
