@@ -30,6 +30,7 @@ TILES = [
     Tile(3, 96, 3, ping_pong="issue", promote=0),
     Tile(2, 96, 2, q_registers=True, promote=2),
     Tile(3, 96, 2, promote=2, sums_in_shared=True),
+    Tile(2, 96, 3, promote=3, sums_in_shared=True, ahead=True, poly=1),
     Tile(2, 128, 2, "lazy", promote=0),
     Tile(3, 64, 2, "lazy", 3, "scores", 1, promote=0),
     Tile(2, 224, 2, v_turned=True, promote=0),
@@ -138,8 +139,9 @@ def test_exponentials_run_under_the_second_product(tile, tmp_path):
     done = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True)
     events = re.findall(r"DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|QGMMA", done.stdout)
     order = "".join({"MUFU.EX2": "e", "QGMMA": "Q"}.get(x, x[-1]) for x in events)
-    loops = re.findall(r"1(e*)0([^Q]*)", order)
-    assert len(loops) == (2 if tile.maximum == "lazy" else 1), order
+    first_wait = "Q" if tile.ahead else "1"
+    loops = re.findall(first_wait + r"(e+)0([^Q]*)", order)
+    assert len(loops) == (3 if tile.ahead else 2 if tile.maximum == "lazy" else 1), order
     polynomials = tile.poly * tile.block_n // 16
     for before, after in loops:
         assert len(before) >= tile.block_n // 2 - polynomials, order
