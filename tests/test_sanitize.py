@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import sanitize
 import sanitized_calls
+import sanitizer_witnesses
 import torch
+
+from mirage_hello.ptx.emulator import EmulatorError
 
 FAMILY = "attention fp8"  # quick to emulate
 TOOL = """#!/bin/bash
@@ -22,7 +25,7 @@ echo "========= ERROR SUMMARY: {errors} errors"
 """
 
 
-@pytest.mark.parametrize("family", sanitized_calls.FAMILIES)
+@pytest.mark.parametrize("family", [f for f in sanitized_calls.FAMILIES if f != "witnesses"])
 def test_calls_are_right_in_the_emulator(family):
     """The cheapest of each family: the calls and their truths fit each other."""
 
@@ -32,6 +35,16 @@ def test_calls_are_right_in_the_emulator(family):
     found = [c for c in sanitized_calls.calls(family) if "cuda" not in c.name]
     for call in sorted(found, key=size)[:1]:
         assert call.error(torch.device("cpu")) <= call.allowed, call.name
+
+
+@pytest.mark.parametrize("name", sanitizer_witnesses.PARTS)
+def test_the_emulator_sees_the_planted_race_and_every_order(name):
+    out = torch.zeros(32, dtype=torch.int32)
+    if name == "planted_race":
+        with pytest.raises(EmulatorError, match="shared-race"):
+            sanitizer_witnesses.run(name, out)
+    else:
+        assert torch.equal(sanitizer_witnesses.run(name, out), 131 - torch.arange(32).int())
 
 
 def test_covering_has_every_value():
