@@ -1,5 +1,7 @@
 """linear, geglu and variants on Hopper: the launch and the tile of ptx/linear.sm90a.ptx.j2."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -133,15 +135,11 @@ def _launch(
         raise ValueError(f"{op}: {tile}: {problem}; choose another tile")
     tiles, tiles_x = tile.tiles(rows, n, gated)
     tile = tile.fitted(tile.loads(tiles, blocks), gated, norm or fp8, residual is not None)
-    columns = tile.columns(gated)
+    x_rows, weight_rows = tile.boxes(gated)
+    pitch = (depth * x.element_size(),)
     maps = (
-        loader.tensor_map(
-            x,
-            (per_block, tile.block_m),
-            dims=(depth, rows),
-            strides=(depth * x.element_size(),),
-        ),
-        loader.tensor_map(weight, (per_block, columns)),
+        loader.tensor_map(x, (per_block, x_rows), dims=(depth, rows), strides=pitch),
+        loader.tensor_map(weight, (per_block, weight_rows)),
     )
     reciprocal = -(-(2**63) // tiles_x)
     added = () if residual is None else (residual,)
@@ -208,6 +206,7 @@ def candidates(
         tiles = [Tile(1, block_n), Tile(2, block_n), Tile(1, block_n, 2)]
         tiles += [Tile(2, block_n, m, pingpong=True) for m in (1, 2)]
         tiles += [Tile(g, block_n, split=s) for g in (1, 2) for s in range(2, min(blocks, 8) + 1)]
+        tiles += [replace(t, shared=s) for t in tiles if t.split == 1 for s in ("weight", "x")]
         tiles = [t for t in tiles if not t.problem(gated, norm, quantised)]
         found += [t for t in tiles if _fits(t, blocks, gated, norm)]
     return found

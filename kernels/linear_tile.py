@@ -28,6 +28,8 @@ class Tile:
     pingpong: both warpgroups have tiles of their own, and one multiplies while the other stores.
         Otherwise they share a tile, 64 m_tiles rows each.
     split: K over a cluster of so many blocks; 1 with pingpong, geglu and layer_norm.
+    shared: "weight" or "x": a pair of blocks with neighbouring tiles loads that operand once, half
+        each for both; "": none. Not with split.
     stages: K blocks in flight, 2 to 12; None: as many as the shared memory holds.
     """
 
@@ -36,6 +38,7 @@ class Tile:
     m_tiles: int = 1
     pingpong: bool = False
     split: int = 1
+    shared: str = ""
     stages: int | None = None
 
     @property
@@ -60,6 +63,10 @@ class Tile:
             return "pingpong needs two warpgroups and no split"
         if self.split > 1 and (gated or norm or self.m_tiles > 1):
             return "geglu, layer_norm and m_tiles of 2 do not split K"
+        if self.shared and (self.split > 1 or self.shared not in ("weight", "x")):
+            return 'shared is "weight" or "x", without split'
+        if self.block_n % (16 if self.shared == "weight" else 8):
+            return "a shared weight tile is loaded as two halves of whole octets"
         if self.block_n % (16 if gated else 8 * self.split) or not 16 <= self.block_n <= 256:
             return "block_n must be 16 to 256, whole octets for each block of the cluster"
         if quantised and self.width(gated) // self.parts(gated) % 16:
@@ -93,9 +100,13 @@ class Tile:
         return {**places, "BYTES": bars + 16 * stages + 8}
 
     def tiles(self, rows: int, n: int, gated: bool) -> tuple[int, int]:
-        """Of an output [rows, n]: (all, in a column)."""
-        column = -(-rows // self.block_m)
-        return column * -(-n // self.columns(gated)), column
+        """Of an output [rows, n]: (all, in a column); of pairs where they share an operand."""
+        down, across = -(-rows // self.block_m), -(-n // self.columns(gated))
+        if self.shared == "weight":
+            down = -(-down // 2)
+        elif self.shared == "x":
+            across = -(-across // 2)
+        return down * across, down
 
     def fitted(
         self, loads: int, gated: bool = False, factors: bool = False, residual: bool = False
@@ -128,20 +139,30 @@ class Tile:
             "PINGPONG": self.pingpong,
             "SPLIT": self.split,
             "STAGES": self.stages,
+            "SHARED": self.shared,
             "RESIDUAL": residual,
             "QUANTISE": quantised,
             **places,
         }
 
     def grid(self, tiles: int) -> int:
-        """Blocks of a launch over `tiles` tiles."""
+        """Blocks of a launch over `tiles` tiles, or pairs of them."""
         if self.split > 1:
             return tiles * self.split
+        if self.shared:
+            return 2 * min(tiles, MULTIPROCESSORS // 2)
         return min(tiles, MULTIPROCESSORS)
 
     def loads(self, tiles: int, blocks: int) -> int:
         """K blocks that one block of the launch loads, at most."""
-        return -(-blocks // self.split) * -(-tiles * self.split // self.grid(tiles))
+        together = 2 if self.shared else self.split
+        return -(-blocks // self.split) * -(-tiles * together // self.grid(tiles))
+
+    def boxes(self, gated: bool) -> tuple[int, int]:
+        """Rows of x and of the weight that one TMA load brings."""
+        rows = self.block_m // 2 if self.shared == "x" else self.block_m
+        halves = gated or self.shared == "weight"
+        return rows, self.block_n // 2 if halves else self.block_n
 
     def clocks(self, rows: int, n: int, blocks: int, gated: bool = False) -> float:
         """Estimated clocks of out[rows][n] with `blocks` K blocks.
@@ -152,8 +173,9 @@ class Tile:
         tiles, _ = self.tiles(rows, n, gated)
         area = self.block_m // 64 * self.block_n
         loaded = 128 * (self.block_m + self.block_n)
+        passed = 128 * sum(self.boxes(False))  # what comes from the L2, once for a pair
         read = 4 * (self.block_m // 64) * (2048 + 32 * self.block_n)
-        step = max(2 * PRODUCTS * area, READS * read + WRITES * loaded, LOAD * loaded)
+        step = max(2 * PRODUCTS * area, READS * read + WRITES * loaded, LOAD * passed)
         depth = -(-blocks // self.split)
         values = 64 * self.m_tiles * self.width(gated)
         store = values * (STORE + (GATE if gated else 0))
@@ -161,7 +183,7 @@ class Tile:
             sent = 256 * self.groups * self.block_n * (self.split - 1) / self.split
             waves = -(-tiles // RESIDENT[self.split])
             return LAUNCH + waves * (depth * step + SPLIT + EXCHANGE * sent + store)
-        turns = -(-tiles // MULTIPROCESSORS)
+        turns = -(-tiles // (MULTIPROCESSORS // 2 if self.shared else MULTIPROCESSORS))
         if self.pingpong:
             return LAUNCH + turns * max(depth * step, store / 2) + store
         return LAUNCH + turns * (depth * step + store)

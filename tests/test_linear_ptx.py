@@ -30,10 +30,15 @@ TILES = [
     Tile(2, 160, stages=2),
     Tile(2, 32, pingpong=True, stages=2),
     Tile(2, 48, m_tiles=2, pingpong=True, stages=3),
+    Tile(1, 32, shared="weight", stages=2),
+    Tile(2, 48, shared="x", stages=3),
+    Tile(2, 48, 2, pingpong=True, shared="weight", stages=3),
 ]
 GATED = [Tile(1, 64), Tile(2, 96), Tile(1, 32, 2)]
+GATED += [Tile(2, 64, 1, pingpong=True, shared="weight"), Tile(1, 64, shared="x")]
 GATED += [Tile(2, 64, 1, pingpong=True), Tile(2, 160, 2, pingpong=True, stages=3)]
-NORMED = [Tile(1, 32), Tile(2, 48, stages=2), Tile(2, 32, 2, pingpong=True, stages=3)]
+NORMED = [Tile(2, 48, 2, pingpong=True, shared="weight", stages=3), Tile(1, 32, shared="x")]
+NORMED += [Tile(1, 32), Tile(2, 48, stages=2), Tile(2, 32, 2, pingpong=True, stages=3)]
 # (op, M, N, K) of Stable Diffusion: what is chosen for them must not spill.
 LAYERS = [
     ("linear", 4096, 2560, 320), ("linear", 4096, 320, 1280), ("linear", 1024, 5120, 640),

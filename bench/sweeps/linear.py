@@ -36,7 +36,7 @@ QKV = ((4096, 320, 960), (1024, 640, 1920), (256, 1280, 3840))
 GEGLU = PLAIN[0:6:2]
 FP8 = PLAIN[:6]
 EFFORT = harness.Effort(rounds=6, sample_us=400.0)
-TILES = 12
+TILES = 18
 
 COLD_BYTES = 128 * 2**20  # of weights in turn: twice the L2
 
@@ -98,9 +98,9 @@ def tiles(case: Case) -> list[Tile]:
     ranked, found = asked[0].ranked(), list[Tile]()
     kinds: dict[tuple, int] = {}
     for tile in ranked:
-        kind = tile.groups, tile.m_tiles, tile.pingpong, tile.split > 1
+        kind = tile.groups, tile.m_tiles, tile.pingpong, tile.split > 1, tile.shared
         kinds[kind] = kinds.get(kind, 0) + 1
-        if kinds[kind] <= 3 and len(found) < TILES:
+        if kinds[kind] <= 2 and len(found) < TILES:
             found.append(tile)
     return found
 
@@ -284,6 +284,7 @@ def report(case: Case, hot: dict, cold: dict, alone: dict, ranked: Sequence[str]
 def label(tile: Tile) -> str:
     kind = " pingpong" if tile.pingpong else f" g{tile.groups}"
     kind += f" split{tile.split}" if tile.split > 1 else ""
+    kind += f" shared {tile.shared}" if tile.shared else ""
     return f"{tile.block_m}x{tile.block_n}{kind}"
 
 

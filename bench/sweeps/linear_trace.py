@@ -27,6 +27,8 @@ CASES = {  # M, K, N, tile
     "4096x320x2560": (4096, 320, 2560, Tile(2, 160, 2, pingpong=True)),
     "256x1280x10240": (256, 1280, 10240, Tile(2, 160)),
     "256x1280x1280": (256, 1280, 1280, Tile(1, 64)),
+    "1024x2560x640 shared": (1024, 2560, 640, Tile(1, 80, shared="weight")),
+    "4096x320x2560 shared": (4096, 320, 2560, Tile(2, 160, 2, True, shared="weight")),
 }
 SLOTS = 16  # of 8 bytes a block: 0..3 loader, 8..12 first warpgroup, 13 its multiprocessor
 RUNS = 6
