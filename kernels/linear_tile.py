@@ -127,10 +127,11 @@ class Tile:
 
     def variables(
         self, gated: bool, factors: bool, residual: bool, quantised: bool = False
-    ) -> dict[str, int | bool]:
+    ) -> dict[str, int | bool | str]:
         """Template variables of a fitted tile."""
         assert self.stages is not None
-        places = self.layout(self.stages, gated, factors, residual, quantised)
+        places: dict[str, int | bool | str] = {}
+        places |= self.layout(self.stages, gated, factors, residual, quantised)
         del places["BYTES"]
         return {
             "GROUPS": self.groups,

@@ -78,7 +78,7 @@ def traced(text: str) -> str:
         "    cvt.u64.u32 %tr5, %tr_at;\n" + at + "    setp.eq.u32 %is_tr, %thread, 0;\n" + stores
     )
     last += "    @%is_tr st.global.u64 [%p_tr+112], %tr6;\n"
-    insert(r"DONE:\n    ret;", last, before=True, nth=-1)
+    insert(r"\nDONE:", last, before=True)
     return text
 
 
