@@ -174,9 +174,8 @@ class Tile:
         tiles, _ = self.tiles(rows, n, gated)
         area = self.block_m // 64 * self.block_n
         loaded = 128 * (self.block_m + self.block_n)
-        passed = 128 * sum(self.boxes(False))  # what comes from the L2, once for a pair
         read = 4 * (self.block_m // 64) * (2048 + 32 * self.block_n)
-        step = max(2 * PRODUCTS * area, READS * read + WRITES * loaded, LOAD * passed)
+        step = max(2 * PRODUCTS * area, READS * read + WRITES * loaded, LOAD * loaded)
         depth = -(-blocks // self.split)
         values = 64 * self.m_tiles * self.width(gated)
         store = values * (STORE + (GATE if gated else 0))
@@ -184,6 +183,8 @@ class Tile:
             sent = 256 * self.groups * self.block_n * (self.split - 1) / self.split
             waves = -(-tiles // RESIDENT[self.split])
             return LAUNCH + waves * (depth * step + SPLIT + EXCHANGE * sent + store)
+        if self.shared:  # in step with the other block of the pair: for `mirage tune` to decide
+            step *= 1.1
         turns = -(-tiles // (MULTIPROCESSORS // 2 if self.shared else MULTIPROCESSORS))
         if self.pingpong:
             return LAUNCH + turns * max(depth * step, store / 2) + store
