@@ -58,7 +58,8 @@ class EvalConfig:
 class Candidate:
     """One thing to measure: networks, how many steps, and whether it remembers.
 
-    frames: its long run ends there (0: with the others'); short: the long run alone.
+    frames: its long run ends there (0: with the others'); short: the long run alone;
+    history_noise: of its memory, None: the configuration's.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Candidate:
     remember: bool = True
     frames: int = 0
     short: bool = False
+    history_noise: float | None = None
 
 
 Progress = Callable[[str], None]
@@ -113,10 +115,10 @@ class Evaluation:
         return worlds.render(clips, [FIRST + frame] * self.batch, self.names if truth else None)
 
     def rollout(self, candidate: Candidate, seed: int = 0) -> Rollout:
-        config = self.config
+        config, noise = self.config, candidate.history_noise
         return Rollout(
             candidate.denoiser, candidate.autoencoder, self.numbers, config.size, config.size,
-            steps=candidate.steps, history_noise=config.history_noise,
+            steps=candidate.steps, history_noise=config.history_noise if noise is None else noise,
             remember=candidate.remember, seed=seed,
         )  # fmt: skip
 

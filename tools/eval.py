@@ -43,6 +43,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--every", type=int, default=4, help="measure each so many frames")
     parser.add_argument("--burn-in", type=int, default=100, help="frames before the fits begin")
     parser.add_argument("--cut-frames", type=int, default=600, help="frames of the run with cuts")
+    parser.add_argument("--history-noise", type=float, default=0.05, help="sigma on the memory")
     parser.add_argument("--short", action="store_true", help="the long run alone")
     parser.add_argument("--name", default="tiny", help="of the results")
     parser.add_argument("--out", type=Path, default=Path("bench/results/eval"))
@@ -87,6 +88,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     config = ev.EvalConfig(
         frames=args.frames, seeds=args.seeds, styles=tuple(args.styles or STYLES), size=args.size,
         supersample=args.supersample, every=args.every, cut_run=args.cut_frames,
+        history_noise=args.history_noise,
         burn_in=min(args.burn_in, args.frames // 4),
     )  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
@@ -141,6 +143,7 @@ def candidates(args: argparse.Namespace, device) -> list[tuple[str, Candidate]]:
         if not equals:
             raise ValueError(f"--ablation: expected NAME=FILE (got {item!r})")
         other = Candidate(name, *load(Path(path), dtype, device), steps, short=True)
+        other.history_noise = 0.0  # trained without: it runs without
         found.append(("ablations", other))
     return found
 
