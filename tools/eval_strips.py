@@ -33,7 +33,7 @@ class Strips:
     def __init__(self, config: EvalConfig, stem: Path) -> None:
         self.config, self.stem = config, stem
         self.stride = max(config.every, -(-config.frames // CLIP_FRAMES))
-        self.shown = [100, 1000, config.frames - 1]
+        self.shown = [f for f in (100, 1000) if f < config.frames - 1] + [config.frames - 1]
         self.pictures: dict[int, Tensor] = {}
         self.clip: list[Tensor] = []
 
