@@ -18,8 +18,8 @@ from mirage_hello.kernels import ops
 from mirage_hello.model.layers import (
     Image,
     convolve,
+    feed_forward,
     fused_backend,
-    gated,
     normalise,
     project,
 )
@@ -113,9 +113,6 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(channels, 2 * inner)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        return gated(x, self.proj, norm)
-
 
 class FeedForward(nn.Module):
     """h + W2 geglu(norm(h)); the keys "0" and "2" are diffusers' (1 is its dropout)."""
@@ -123,11 +120,12 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         inner = 4 * channels
-        self.net = nn.ModuleDict({"0": GEGLU(channels, inner), "2": nn.Linear(inner, channels)})
+        self.net: Any = nn.ModuleDict(
+            {"0": GEGLU(channels, inner), "2": nn.Linear(inner, channels)}
+        )
 
     def forward(self, h: Tensor, norm: nn.LayerNorm) -> Tensor:
-        out = self.net["2"]
-        return ops.linear(self.net["0"](h, norm), out.weight, out.bias, residual=h)
+        return feed_forward(h, self.net["0"].proj, self.net["2"], norm)
 
 
 class TransformerBlock(nn.Module):

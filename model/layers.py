@@ -13,15 +13,23 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mirage_hello.kernels import conv2d_fused, group_norm_apply, layer_norm_linear, ops
+from mirage_hello.kernels import (
+    conv2d_fp8,
+    conv2d_fused,
+    group_norm_apply,
+    layer_norm_linear,
+    linear_fp8,
+    ops,
+)
 from mirage_hello.kernels.call import device_arch
 from mirage_hello.kernels.policy import current
+from mirage_hello.model import fp8
 
 HALF = (torch.bfloat16, torch.float16)
 CHANNELS = 8  # TMA moves 16 bytes: channels of a convolution come in multiples of 8
@@ -95,9 +103,15 @@ def convolve(
     backend = fused_backend(x.pixels)
     statistics = None
     if norm is not None:
-        statistics = _statistics(x, skip, norm) if backend and _on_load.get() else None
+        scale = fp8.scale_of(conv) if backend == "ptx" else None
+        on_load = backend is not None and (_on_load.get() or scale is not None)
+        statistics = _statistics(x, skip, norm) if on_load else None
+        if statistics is not None and scale is not None:
+            return _convolve_fp8(x, conv, statistics, skip, channel_bias, residual, unit, scale)
         if statistics is None:
             x, skip = normalise(x, norm, skip), None
+            if fp8.calibrating() and conv.out_channels % CHANNELS == 0:
+                fp8.note(conv, x.pixels)
     weight, bias = (conv.weight, conv.bias) if backend is None else padded(conv)
     pixels, outputs = _pad_channels(x.pixels, weight, skip), conv.out_channels
     stride, padding = conv.stride[0], int(conv.padding[0])
@@ -110,6 +124,31 @@ def convolve(
         activation="silu" if silu else None, backend=backend,
     )  # fmt: skip
     return Image(_first_channels(out, outputs), sums)
+
+
+def _convolve_fp8(
+    x: Image,
+    conv: nn.Conv2d,
+    statistics: conv2d_fused.Norm,
+    skip: Image | None,
+    channel_bias: Tensor | None,
+    residual: Tensor | None,
+    unit: int,
+    scale: float,
+) -> Image:
+    """The convolution in e4m3: its input is normalised and rounded while it is read."""
+
+    def make() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            weight = conv2d_fp8.quantise_weight(conv.weight)
+        return weight.values, weight.scales
+
+    weight = conv2d_fp8.Weight(*derived(conv, (conv.weight,), make))
+    out, sums = conv2d_fp8.conv2d_fp8(
+        x.pixels, weight, scale, conv.bias, conv.stride[0], int(conv.padding[0]), channel_bias,
+        residual, skip and skip.pixels, norm=statistics, unit=unit,
+    )  # fmt: skip
+    return Image(out, sums)
 
 
 def normalise(x: Image, norm: nn.GroupNorm, skip: Image | None = None, silu: bool = True) -> Image:
@@ -162,6 +201,26 @@ def gated(x: Tensor, linear: nn.Linear, norm: nn.LayerNorm) -> Tensor:
     return layer_norm_linear.layer_norm_geglu_torch(x, folded, norm.eps)
 
 
+def feed_forward(h: Tensor, gate: nn.Linear, out: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+    """h + out(geglu(layer_norm(h)))."""
+    scale = fp8.scale_of(out) if _folds(h, gate) == "ptx" else None
+    if scale is None:
+        x = gated(h, gate, norm)
+        fp8.note(out, x)
+        return ops.linear(x, out.weight, out.bias, residual=h)
+    x = layer_norm_linear.layer_norm_geglu(h, _folded(gate, norm), norm.eps, out_scale=scale)
+
+    def make() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            packed = linear_fp8.pack(out.weight, scale, out.bias)
+        return packed.weight, packed.columns
+
+    sources = (out.weight,) if out.bias is None else (out.weight, out.bias)
+    weight, columns = derived(out, sources, make, scale)
+    packed = linear_fp8.Fp8Linear(weight, columns, scale)
+    return linear_fp8.linear_fp8(x, packed, h)
+
+
 def _folds(x: Tensor, linear: nn.Linear) -> str | None:
     """The kernel takes K in blocks of 64; the gate halves N."""
     if linear.in_features % 64 or linear.out_features % 16:
@@ -176,19 +235,23 @@ def _folds(x: Tensor, linear: nn.Linear) -> str | None:
 class _Made:
     sources: tuple[Tensor, ...]
     make: Callable[[], tuple[Tensor, ...]]
-    state: list[tuple[int, int]]
+    number: float
+    state: list[Any]
     tensors: tuple[Tensor, ...]
 
 
 def derived(
-    module: nn.Module, sources: tuple[Tensor, ...], make: Callable[[], tuple[Tensor, ...]]
+    module: nn.Module,
+    sources: tuple[Tensor, ...],
+    make: Callable[[], tuple[Tensor, ...]],
+    number: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """`make()`, kept with the module, and made again when one of the sources has changed.
+    """`make()`, kept with the module, and made again when a source or the number has changed.
 
     In the same memory where the shapes allow it, because a captured graph holds the addresses; a
     graph does not come by here, so `remake` follows a change of weights in place.
     """
-    state = [(t.data_ptr(), t._version) for t in sources]
+    state = [number, *((t.data_ptr(), t._version) for t in sources)]
     made: _Made | None = module.__dict__.get("_derived")
     if made is None or made.state != state:
         tensors = make()
@@ -196,7 +259,7 @@ def derived(
             for old, new in zip(made.tensors, tensors, strict=True):
                 old.copy_(new)
             tensors = made.tensors
-        made = module.__dict__["_derived"] = _Made(sources, make, state, tensors)
+        made = module.__dict__["_derived"] = _Made(sources, make, number, state, tensors)
     return made.tensors
 
 
@@ -205,7 +268,7 @@ def remake(model: nn.Module) -> None:
     for module in model.modules():
         made: _Made | None = module.__dict__.get("_derived")
         if made is not None:
-            derived(module, made.sources, made.make)
+            derived(module, made.sources, made.make, made.number)
 
 
 def derived_tensors(model: nn.Module) -> list[Tensor]:

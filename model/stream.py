@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mirage_hello.kernels import Policy, policy, use
 from mirage_hello.kernels.policy import current
-from mirage_hello.model import budget, layers
+from mirage_hello.model import budget, fp8, layers
 from mirage_hello.model.autoencoder import Autoencoder
 from mirage_hello.model.controls import Controls, LiveControls
 from mirage_hello.model.deltas import Delta, Deltas
@@ -151,6 +151,35 @@ class FrameStream(LiveControls):
                     with self._scope():
                         self._frame(buffers)
                 buffers.bus.take(slot, type(frame))
+
+    def push_eagerly(self, frame: np.ndarray | Tensor) -> None:
+        """A frame without a plan, launch by launch, for what must look at values; no output."""
+        check_frame(frame)
+        with self._lock:
+            planned, self._planned = self._planned, False
+            try:
+                buffers = self._of_size(frame.shape[0], frame.shape[1])
+            finally:
+                self._planned = planned
+            with self._running(), self._scope():
+                buffers.bus.bring(frame)
+                buffers.draws.normal_(generator=self._generator)
+                self._frame(buffers)
+
+    def use_fp8(self, frames: Iterable[np.ndarray | Tensor] | None) -> dict[str, float]:
+        """Multiply in e4m3, calibrated on a clip; None: in the model's dtype again.
+
+        Where the hand-written kernels of compute capability 9.0 run; elsewhere nothing changes.
+        Returns: the scale of each layer (see `fp8`). The plans are made again.
+        """
+        with self._lock:
+            fp8.use(self.denoiser, {})
+            scales = {} if frames is None else fp8.calibrate(self, frames)
+            fp8.use(self.denoiser, scales)
+            for buffers in self._sizes.values():
+                buffers.plan = buffers.policy = None
+            self.reset()
+            return scales
 
     def collect(self) -> Any:
         """The oldest submitted frame's output, once it is there. RuntimeError: there is none."""

@@ -29,6 +29,7 @@ VARIANTS = {
     "prefetch chain": (lambda: prefetching("chain"),),
     "prefetch branch": (lambda: prefetching("branch"),),
     "normalised on load": (lambda: layers.normalising_on_load(True),),
+    "fp8": (),
     "without overlap": (programmatic.without_overlap,),
     "op by op": (lambda: layers.fusing(None),),
 }
@@ -104,6 +105,9 @@ def _measure(variant: str) -> dict:
     args = unet_inputs(unet, torch.bfloat16)
     with use("torch"):
         plain_error = error(unet(*args), truth)
+    clip = np.random.default_rng(0).integers(0, 256, (8, *SIZE, 3), dtype=np.uint8)
+    if variant == "fp8":
+        FrameStream(*pair, graph=False).use_fp8(clip)
     parity = {"error": error(unet(*args), truth), "allowed": 2 * plain_error}
     print(f"{variant}: step error {parity['error']:.2e} of {parity['allowed']:.2e}", flush=True)
     biases, keys = unet.noise_biases(args[1], args[3]), unet.context_keys(args[2])
@@ -118,7 +122,6 @@ def _measure(variant: str) -> dict:
         result["chunks"] = {mib: step_with_prefetch(unet, args[0], biases, keys, mib)
                             for mib in CHUNKS_MIB}  # fmt: skip
     stream = FrameStream(*pair, size=SIZE, prefetch=PREFETCH[0])
-    clip = np.random.default_rng(0).integers(0, 256, (8, *SIZE, 3), dtype=np.uint8)
     for i in range(20):
         stream.push(clip[i % 8])
     spans = []

@@ -1,0 +1,87 @@
+"""fp8 as a choice: products in e4m3 in the convolutions and feed-forwards that were calibrated.
+
+    scales = calibrate(stream, frames)      the largest value each layer reads, over a clip
+    use(stream.denoiser, scales)            those layers multiply e4m3 from now on; {}: none does
+
+A layer's activations share one scale, its weight has one for each output channel. Only layers whose
+input is normalised on the way (GroupNorm, LayerNorm and GEGLU bound it) are taken; attention, the
+first and the last convolution and the autoencoder stay in bfloat16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LARGEST = 448.0  # of e4m3
+HEADROOM = 1.25  # later frames may be larger than the clip's; past it values saturate
+_maxima: ContextVar[dict[nn.Module, Tensor] | None] = ContextVar("fp8 maxima", default=None)
+
+
+def scale_of(layer: nn.Module) -> float | None:
+    """The scale of the layer's input in e4m3; None: it multiplies in the model's dtype."""
+    return layer.__dict__.get("_fp8_scale")
+
+
+def calibrating() -> bool:
+    return _maxima.get() is not None
+
+
+def note(layer: nn.Module, x: Tensor) -> None:
+    """While a clip is calibrated: the largest value of what the layer reads."""
+    maxima = _maxima.get()
+    if maxima is not None:
+        largest = x.detach().abs().amax().float()
+        before = maxima.get(layer)
+        maxima[layer] = largest if before is None else torch.maximum(before, largest)
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[dict[nn.Module, Tensor]]:
+    maxima: dict[nn.Module, Tensor] = {}
+    token = _maxima.set(maxima)
+    try:
+        yield maxima
+    finally:
+        _maxima.reset(token)
+
+
+def calibrate(stream: Any, frames: Iterable[Any]) -> dict[str, float]:
+    """Scales by the layer's name in the denoiser, from frames pushed in closed loop.
+
+    stream: a FrameStream, whose layers multiply in its own dtype now.
+
+    Raises:
+        ValueError: no frames.
+    """
+    names = {module: name for name, module in stream.denoiser.named_modules()}
+    with _noted() as maxima:
+        for frame in frames:
+            stream.push_eagerly(frame)
+    if not maxima:
+        raise ValueError("calibrate: no layer was read; give at least one frame")
+    return {
+        names[layer]: max(HEADROOM * float(largest), 1e-6) / LARGEST
+        for layer, largest in maxima.items()
+    }
+
+
+def use(denoiser: nn.Module, scales: Mapping[str, float]) -> None:
+    """Multiply in e4m3 with these scales in these layers, and in no other.
+
+    Raises:
+        ValueError: a name that the denoiser does not have.
+    """
+    layers = dict(denoiser.named_modules())
+    unknown = sorted(set(scales) - set(layers))
+    if unknown:
+        raise ValueError(f"fp8.use: the denoiser has no layer {unknown[0]}; calibrate it again")
+    for name, layer in layers.items():
+        layer.__dict__.pop("_fp8_scale", None)
+        if name in scales:
+            layer.__dict__["_fp8_scale"] = float(scales[name])
