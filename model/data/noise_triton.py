@@ -22,7 +22,10 @@ def key_at(pointer, number, row, column, row_stride, column_stride, inside, kind
     return tl.load(pointer + row * row_stride + column * column_stride, inside, 0)
 
 
-@triton.jit(do_not_specialize=["n0", "n1", "n2", "n3"])
+NUMBERS = [f"{kind}{i}" for kind in "nrc" for i in range(KEYS)]
+
+
+@triton.jit(do_not_specialize=NUMBERS)  # else each mixture of strides is compiled anew
 def hash_kernel(
     out, p0, p1, p2, p3, n0, n1, n2, n3, r0, r1, r2, r3, c0, c1, c2, c3, columns,
     k0: tl.constexpr, k1: tl.constexpr, k2: tl.constexpr, k3: tl.constexpr,

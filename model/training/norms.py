@@ -174,7 +174,7 @@ def refusal(device: torch.device) -> str | None:
     """Why the kernels cannot be used on a device; None if they agree with torch's there."""
     torch.manual_seed(0)
     for channels, side in ((64, 32), (96, 16), (224, 16), (160, 4), (320, 8)):
-        x = torch.randn(3, channels, side, side, device=device, dtype=torch.bfloat16)
+        x = torch.randn(16, channels, side, side, device=device, dtype=torch.bfloat16)
         w, b, g = torch.randn(channels), torch.randn(channels), torch.randn(x.shape)
         given = [t.to(device, torch.bfloat16) for t in (w, b, g)]
         results = []
