@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PEERS = ("torch-eager", "torch-compile", "cudnn", "flash", "cublas", "copy")
+PEERS = ("torch-eager", "torch-compile", "cudnn", "flash", "cublas", "bf16", "copy")
 
 
 class Draw:

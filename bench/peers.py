@@ -5,6 +5,7 @@
     cudnn           conv2d by cuDNN in channels_last; attention by SDPA's cuDNN backend
     flash           attention by SDPA's flash backend
     cublas          linear by cuBLAS (addmm with a bias)
+    bf16            of an op in e4m3: ours in bfloat16
     copy            a plain copy of as many bytes as the op must move
 Every function takes the op's arguments in the op's order.
 """
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import composed
+from . import composed, eight_bit
 from .case import Case
 
 
@@ -100,6 +101,8 @@ def peers(case: Case, args: tuple, names: tuple[str, ...]) -> dict[str, Callable
 
 
 def _peer(case: Case, args: tuple, name: str) -> Callable[..., Tensor]:
+    if name == "bf16":
+        return eight_bit.BF16[case.op]
     eager = EAGER[case.op]
     if name == "torch-compile":
         # One graph per case: a shared cache would recompile with dynamic shapes, a slower kernel.

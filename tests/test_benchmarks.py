@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mirage_hello.bench import bus, composed, frames, peers, worker
+from mirage_hello.bench import bus, composed, eight_bit, frames, peers, worker
 from mirage_hello.bench.case import PEERS
 from mirage_hello.bench.rows import INTERPRETED, Options, left_out, op_named, prepare
 from mirage_hello.kernels import conv2d_fused, ops
@@ -106,3 +106,20 @@ class TestModelRows:
     def test_what_may_cross_the_bus(self, copies, only_the_frame):
         listed = [{"name": name, "bytes": size} for name, size in copies]
         assert bus._is_the_frame(listed, frame_bytes=12) == only_the_frame
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        eight_bit.attention_case(1, 70, 64),
+        eight_bit.linear_case(70, 128, 64),
+        eight_bit.conv_case(32, 32, 9),
+    ],
+    ids=lambda case: case.op,
+)
+def test_eight_bits_in_the_emulator(case):
+    subject = prepare(case, "bfloat16", OPTIONS)
+    (kernel,) = op_named(case.op).kernels
+    assert subject.judge(kernel.run(*subject.args)).passed
+    half = peers.peers(case, subject.args, PEERS)["bf16"](*subject.args).double()
+    assert (half - subject.truth).norm() < 0.08 * subject.truth.norm()

@@ -39,10 +39,14 @@ PEER_COLOURS = {
     "cudnn": "#e69f00",
     "flash": "#d55e00",
     "cublas": "#009e73",
+    "bf16": "#8a929b",
 }
 OUR_COLOUR = "#009e73"
 FAMILIES = {
     "attention": ("attention", "#d55e00"),
+    "attention_fp8": ("attention", "#d55e00"),
+    "conv2d_fp8": ("conv2d", "#e69f00"),
+    "linear_fp8": ("linear, geglu", "#009e73"),
     "conv2d": ("conv2d", "#e69f00"),
     "linear": ("linear, geglu", "#009e73"),
     "geglu": ("linear, geglu", "#009e73"),
