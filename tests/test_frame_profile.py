@@ -3,6 +3,7 @@
 import pytest
 
 from mirage_hello.bench import frame_profile
+from mirage_hello.tools import waterfall
 
 
 def events() -> list[dict]:
@@ -35,3 +36,14 @@ def test_kernels_of_torch_have_families():
         "something_new": "other",
     }
     assert {name: frame_profile.family(name) for name in names} == names
+
+
+def test_the_waterfall_ends_at_the_frame():
+    profile = frame_profile.summary(events())
+    found = waterfall.steps(profile)
+    assert found[0] == ("convolution", 20) and found[-1] == ("idle", pytest.approx(10))
+    assert sum(us for _, us in found) == pytest.approx(profile["span_us"])
+    figure = waterfall.waterfall({"before": profile, "after": profile})
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+        "before: 50 us on the device", "after: 50 us on the device",
+    ]  # fmt: skip
