@@ -11,7 +11,7 @@ no reference video and no downloaded metric.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,13 @@ Progress = Callable[[str], None]
 Keep = Callable[[str, int, Tensor, Tensor, Tensor], None]
 
 
+def ray_kernel_refusal(device: torch.device) -> str | None:
+    """Why rays cannot be traced by one kernel there; None if they can."""
+    from mirage_hello.model.data.raycast_triton import refusal  # Triton is not everywhere
+
+    return refusal(device)
+
+
 def silent(text: str) -> None:
     """A Progress that says nothing."""
 
@@ -89,9 +96,10 @@ class Evaluation:
             known = ", ".join(STYLES)
             raise ValueError(f"evaluation: unknown style {unknown[0]!r}; known: {known}")
         self.config, self.device = config, device
-        fused = device.type == "cuda"
+        fused = device.type == "cuda" and ray_kernel_refusal(device) is None
         world = WorldConfig(config.size, config.size, config.supersample, fused=fused)
         self.worlds = Worlds(world, device)
+        self.plain_worlds = Worlds(replace(world, motion=False), device)  # between measured frames
         self.cut_worlds = Worlds(
             WorldConfig(
                 config.size, config.size, config.supersample, cut_frames=config.cut_frames,
@@ -110,7 +118,9 @@ class Evaluation:
         return len(self.names)
 
     def shot(self, worlds: Worlds, frame: int, truth: bool, clips: City | None = None) -> Shot:
-        """Frame `frame` of every clip; without truth only the input views."""
+        """Frame `frame` of every clip; without truth only the input views, and no motion."""
+        if not truth and worlds is self.worlds:
+            worlds = self.plain_worlds
         clips = self.clips if clips is None else clips
         return worlds.render(clips, [FIRST + frame] * self.batch, self.names if truth else None)
 
