@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import composed, eight_bit
+from . import composed, eight_bit, folded
 from .case import Case
 
 
@@ -55,6 +55,10 @@ def model_to_frame(x: Tensor) -> Tensor:
     return scaled.permute(0, 2, 3, 1).to(torch.uint8, memory_format=torch.contiguous_format)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
 def group_norm_silu(x, groups, weight=None, bias=None, eps=1e-5) -> Tensor:
     return F.silu(F.group_norm(x, groups, weight, bias, eps))
 
@@ -68,7 +72,9 @@ EAGER: dict[str, Callable[..., Tensor]] = {
     "geglu": geglu,
     "group_norm": lambda x, groups, w, b, eps: F.group_norm(x, groups, w, b, eps),
     "group_norm_silu": group_norm_silu,
-    "layer_norm": lambda x, w, b, eps: F.layer_norm(x, x.shape[-1:], w, b, eps),
+    "layer_norm_linear": folded.normed_by("layer_norm_linear", layer_norm, linear),
+    "layer_norm_geglu": folded.normed_by("layer_norm_geglu", layer_norm, geglu),
+    "layer_norm": layer_norm,
     "silu": F.silu,
     "axpby": lambda a, x, b, y: torch.add(a * x, y, alpha=b),
     "residual_add": torch.add,

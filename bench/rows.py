@@ -15,7 +15,7 @@ from mirage_hello.kernels import Kernel, Op, ops
 from mirage_hello.kernels.call import Call
 from mirage_hello.kernels.parity import Parity, exact_float32, in_float64, judge, poison
 
-from . import composed, eight_bit
+from . import composed, eight_bit, folded
 from . import peers as peer_functions
 from .case import Case, Draw
 from .ceilings import bound_us
@@ -150,7 +150,8 @@ def measure_case(
 
 def op_named(name: str) -> Op:
     """A registered op, or one of the benchmark's own."""
-    return composed.OPS.get(name) or eight_bit.OPS.get(name) or getattr(ops, name)
+    own = composed.OPS | folded.OPS | eight_bit.OPS
+    return own.get(name) or getattr(ops, name)
 
 
 def prepare(case: Case, dtype: str, options: Options) -> Subject:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mirage_hello.bench import bus, composed, eight_bit, frames, peers, worker
+from mirage_hello.bench import bus, composed, eight_bit, folded, frames, peers, worker
 from mirage_hello.bench.case import PEERS
 from mirage_hello.bench.rows import INTERPRETED, Options, left_out, op_named, prepare
 from mirage_hello.kernels import conv2d_fused, ops
@@ -41,7 +41,8 @@ def test_a_peer_computes_the_op(case):
 
 def test_every_op_has_cases_and_a_peer():
     names = {op.name for op in ops}
-    assert names | set(composed.OPS) == {case.op for case in CASES} == set(peers.EAGER)
+    own = {*composed.OPS, *folded.OPS}
+    assert names | own == {case.op for case in CASES} == set(peers.EAGER)
 
 
 def test_cases_name_known_peers():

@@ -47,6 +47,8 @@ FAMILIES = {
     "attention_fp8": ("attention", "#d55e00"),
     "conv2d_fp8": ("conv2d", "#e69f00"),
     "linear_fp8": ("linear, geglu", "#009e73"),
+    "layer_norm_linear": ("linear, geglu", "#009e73"),
+    "layer_norm_geglu": ("linear, geglu", "#009e73"),
     "conv2d": ("conv2d", "#e69f00"),
     "linear": ("linear, geglu", "#009e73"),
     "geglu": ("linear, geglu", "#009e73"),
