@@ -160,9 +160,9 @@ def normalise(x: Image, norm: nn.GroupNorm, skip: Image | None = None, silu: boo
         if backend == "ptx":
             apply = group_norm_apply.group_norm_apply
         return Image(apply(x.pixels, statistics, skip and skip.pixels))
-    pixels = x.pixels if skip is None else torch.cat([x.pixels, skip.pixels], 1)
     op = ops.group_norm_silu if silu else ops.group_norm
-    return Image(op(pixels, norm.num_groups, norm.weight, norm.bias, norm.eps))
+    args = (norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return Image(op(x.pixels, *args) if skip is None else op(x.pixels, *args, skip.pixels))
 
 
 def _statistics(
