@@ -231,11 +231,12 @@ def test_parity_of_a_backend_that_cannot_run_here(mirage):
 def test_demo_runs_its_parts_and_says_where_everything_is(mirage, clip, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     usual = demo.parts(clip, folder, argparse.Namespace(device="cpu", max_frames=None))
-    assert [command[0] for _, command in usual] == ["run", "parity", "bench", "report"]
-    # The same four, small.
-    (_, run), (_, parity), (_, bench), report = usual
+    *runs, (_, parity), (_, bench), report = usual
+    assert [command[0] for _, command in runs] == ["run"] * 5
+    assert [parity[0], bench[0], report[1][0]] == ["parity", "bench", "report"]
+    # The same, small.
     small = [
-        ("", [*run, "--size", "16x16"]),
+        *(("", [*run, "--size", "16x16", "--max-frames", "2"]) for _, run in runs),
         ("", [*parity, "--op", "silu", "--backend", "torch"]),
         ("", [*bench, "--op", "silu", "--dtype", "fp32", "--peers", "torch-eager"]),
         report,
@@ -247,7 +248,8 @@ def test_demo_runs_its_parts_and_says_where_everything_is(mirage, clip, tmp_path
     assert "silu" in page
     endings = {path.suffix for path in folder.iterdir()}
     assert {".mp4", ".html", ".json", ".png", ".svg"} <= endings
-    assert str(folder / "clip-mirage.mp4") in out and str(folder / "index.html") in out
+    assert (folder / "clip-styles.png").read_bytes()[:4] == b"\x89PNG"
+    assert str(folder / "clip-neon-city.mp4") in out and str(folder / "index.html") in out
 
 
 def test_demo_without_a_clip_that_exists(mirage, tmp_path):

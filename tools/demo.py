@@ -1,4 +1,4 @@
-"""`mirage demo [CLIP]`: the whole path on one clip: video, parity, speed, plot and report.
+"""`mirage demo [CLIP]`: the whole path on one clip: every style, parity, speed, plot, report.
 
 It runs the same commands that a user would, in this process, and prints each before it runs.
 """
@@ -18,7 +18,9 @@ from mirage_hello.tools.errors import BadInput
 from mirage_hello.tools.video_writer import CONTAINERS
 
 SHIPPED_CLIP = Path(__file__).resolve().parent.parent / "assets" / "demo.mp4"
-# On two cores the clip takes about 40 s, parity 20 s; the speed run begins nothing after this.
+# The shipped clip is 512x512; on two cores five styles of it take about 40 s at this size.
+CPU_SIZE = "256x256"
+# On two cores parity takes 20 s; the speed run begins nothing after this.
 BENCH_SECONDS = {"cpu": 45, "cuda": 240}
 EXAMPLES = """\
   mirage demo                          the shipped clip, results in out/
@@ -30,7 +32,7 @@ exit codes: 0 done, 1 a kernel failed its check, 2 bad input, 130 interrupted
 
 def add_parser(subparsers: Any) -> None:
     parser = arguments.add_parser(
-        subparsers, "demo", "the whole path on one clip: run, parity, speed, report", EXAMPLES
+        subparsers, "demo", "the whole path on one clip: styles, parity, speed, report", EXAMPLES
     )
     add = parser.add_argument
     add("clip", type=Path, nargs="?", metavar="CLIP", help="a video (default: the shipped clip)")
@@ -69,6 +71,11 @@ def run(args: argparse.Namespace) -> int:
         if code in (cli.BAD_INPUT, cli.INTERRUPTED):
             return code
         worst = worst or code
+    videos = [video(clip, folder, style) for style in styles()]
+    if all(path.exists() for path in videos):
+        from mirage_hello.tools.demo_sheet import write_sheet
+
+        write_sheet(sheet(clip, folder), [clip, *videos])
     _conclude(args, clip, folder, time.perf_counter() - start)
     return worst
 
@@ -77,30 +84,50 @@ def parts(clip: Path, folder: Path, args: argparse.Namespace) -> list[tuple[str,
     """(title, arguments of `mirage`) of every part, in order."""
     device = arguments.device(args.device)
     speed = str(folder / "speed.json")
-    run_command = ["run", str(clip), "-o", str(video(clip, folder)), "--device", str(device)]
+    more = ["--device", str(device)]
     if args.max_frames is not None:
-        run_command += ["--max-frames", str(args.max_frames)]
+        more += ["--max-frames", str(args.max_frames)]
+    if clip == SHIPPED_CLIP and device.type == "cpu":
+        more += ["--size", CPU_SIZE]
+    runs = [
+        (f"the clip as {style.replace('_', ' ')}",
+         ["run", str(clip), "-o", str(video(clip, folder, style)), "--style", style, *more])
+        for style in styles()
+    ]  # fmt: skip
     seconds = str(BENCH_SECONDS[device.type])
     bench = ["bench", "--quick", "--device", device.type, "--budget-seconds", seconds]
     return [
-        ("the clip, frame by frame through the model", run_command),
+        *runs,
         ("does every kernel compute what it should?", ["parity", "--device", str(device)]),
         ("how fast are they?", [*bench, "--out", speed]),
         ("plots and the report", ["report", "--results", speed, "--out", str(folder)]),
     ]
 
 
-def video(clip: Path, folder: Path) -> Path:
-    """Where the result lies: the clip's name, in a container that holds it."""
+def styles() -> list[str]:
+    """The styles that the shipped model has learned."""
+    from mirage_hello.model.data.styles import STYLES
+
+    return list(STYLES)
+
+
+def video(clip: Path, folder: Path, style: str) -> Path:
+    """Where a style's result lies: the clip's name, in a container that holds it."""
     ending = clip.suffix if clip.suffix.lower() in CONTAINERS else ".mp4"
-    return folder / f"{clip.stem}-mirage{ending}"
+    return folder / f"{clip.stem}-{style.replace('_', '-')}{ending}"
+
+
+def sheet(clip: Path, folder: Path) -> Path:
+    """Where the picture of all styles lies."""
+    return folder / f"{clip.stem}-styles.png"
 
 
 def _conclude(args: argparse.Namespace, clip: Path, folder: Path, seconds: float) -> None:
     from mirage_hello.tools import terminal
 
     found = {
-        "video": str(video(clip, folder)),
+        "videos": [str(video(clip, folder, style)) for style in styles()],
+        "sheet": str(sheet(clip, folder)),
         "speed": str(folder / "speed.json"),
         "report": str(folder / "index.html"),
         "plots": sorted(str(p) for p in folder.glob("*") if p.suffix in (".png", ".svg")),
@@ -109,7 +136,9 @@ def _conclude(args: argparse.Namespace, clip: Path, folder: Path, seconds: float
         terminal.print_json({**found, "seconds": round(seconds, 1)})
         return
     print(f"\ndone in {seconds:.0f} s:")
-    print(f"  video   {found['video']}")
+    for made in found["videos"]:
+        print(f"  video   {made}")
+    print(f"  styles  {found['sheet']}   (the input and every style side by side)")
     print(f"  report  {found['report']}   (open it in a browser)")
     print(f"  speed   {found['speed']}")
     for plot in found["plots"]:
