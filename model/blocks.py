@@ -20,8 +20,8 @@ from mirage_hello.model.layers import (
     convolve,
     feed_forward,
     fused_backend,
-    normalise,
     project,
+    project_in,
 )
 
 RESNET_EPS = 1e-5  # Stable Diffusion 1.5's values: 1e-5 in residual blocks,
@@ -171,8 +171,7 @@ class Transformer(nn.Module):
         return self.transformer_blocks[0].attn2.keys_values(context)
 
     def forward(self, x: Image, keys_values: Tensor) -> Image:
-        h = _tokens(normalise(x, self.norm, silu=False).pixels)
-        h = ops.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        h = _tokens(project_in(x, self.proj_in, self.norm))
         h = self.transformer_blocks[0](h, keys_values)
         out = self.proj_out
         if not self.unit or fused_backend(h) is None:

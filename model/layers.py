@@ -35,7 +35,7 @@ HALF = (torch.bfloat16, torch.float16)
 CHANNELS = 8  # TMA moves 16 bytes: channels of a convolution come in multiples of 8
 # A backend of conv2d_fused, None for op by op, or what the policy says.
 _chosen: ContextVar[str | None] = ContextVar("fused backend", default="policy")
-_on_load: ContextVar[bool] = ContextVar("normalised on load", default=False)
+_on_load: ContextVar[tuple[int, ...]] = ContextVar("windows normalised on load", default=())
 
 
 class Image(NamedTuple):
@@ -56,9 +56,10 @@ def fusing(backend: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def normalising_on_load(on: bool) -> Iterator[None]:
-    """Within the block, convolutions normalise what they load, or leave it to a pass of its own."""
-    token = _on_load.set(on)
+def normalising_on_load(*windows: int) -> Iterator[None]:
+    """Within the block, convolutions with these windows (1, 3) normalise what they load; the others
+    leave it to a pass of its own."""
+    token = _on_load.set(windows)
     try:
         yield
     finally:
@@ -90,6 +91,7 @@ def convolve(
     residual: Tensor | None = None,
     silu: bool = False,
     unit: int = 0,
+    norm_silu: bool = True,
 ) -> Image:
     """act(conv(silu(norm(cat([x, skip])))) + channel_bias + residual), as one launch where it can.
 
@@ -99,17 +101,18 @@ def convolve(
         upsample: double the image first, nearest neighbour.
         channel_bias: [B, O]. residual: [B, O, P, Q].
         silu: of the result. unit: channels that share a sum in the result; 0: no sums.
+        norm_silu: whether SiLU follows the norm.
     """
     backend = fused_backend(x.pixels)
     statistics = None
     if norm is not None:
         scale = fp8.scale_of(conv) if backend == "ptx" else None
-        on_load = backend is not None and (_on_load.get() or scale is not None)
-        statistics = _statistics(x, skip, norm) if on_load else None
+        on_load = conv.kernel_size[0] in _on_load.get() or scale is not None
+        statistics = _statistics(x, skip, norm, norm_silu) if backend and on_load else None
         if statistics is not None and scale is not None:
             return _convolve_fp8(x, conv, statistics, skip, channel_bias, residual, unit, scale)
         if statistics is None:
-            x, skip = normalise(x, norm, skip), None
+            x, skip = normalise(x, norm, skip, norm_silu), None
             if fp8.calibrating() and conv.out_channels % CHANNELS == 0:
                 fp8.note(conv, x.pixels)
     weight, bias = (conv.weight, conv.bias) if backend is None else padded(conv)
@@ -175,6 +178,14 @@ def _statistics(
     return conv2d_fused.Norm(
         x.sums, norm.num_groups, norm.weight, norm.bias, skip_sums, norm.eps, silu
     )
+
+
+def project_in(x: Image, conv: nn.Conv2d, norm: nn.GroupNorm) -> Tensor:
+    """conv(norm(x)) of a 1x1 convolution, without SiLU, [B, C, H, W] channels-last."""
+    if fused_backend(x.pixels) and x.sums is not None and 1 in _on_load.get():
+        return convolve(x, conv, norm, norm_silu=False).pixels
+    h = normalise(x, norm, silu=False).pixels.permute(0, 2, 3, 1)
+    return ops.linear(h, conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
 def project(x: Tensor, linear: nn.Linear, norm: nn.LayerNorm) -> Tensor:

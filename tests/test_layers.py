@@ -22,7 +22,7 @@ def unet_inputs(h: int, w: int) -> tuple[torch.Tensor, ...]:
     return image(1, 28, h, w), torch.tensor([40.0]), torch.randn(1, 5, 24)
 
 
-@pytest.mark.parametrize("on_load", [False, True])
+@pytest.mark.parametrize("on_load", [(), (1,), (1, 3)])
 @pytest.mark.parametrize("size", [(8, 12), (9, 5)])
 def test_a_fused_unet_is_the_plain_one(size, on_load, monkeypatch) -> None:
     unet, args, calls = VideoUNet(CONFIG).eval(), unet_inputs(*size), []
@@ -33,9 +33,9 @@ def test_a_fused_unet_is_the_plain_one(size, on_load, monkeypatch) -> None:
     with torch.no_grad():
         plain = unet(*args)
         assert not calls
-        with layers.fusing("torch"), layers.normalising_on_load(on_load):
+        with layers.fusing("torch"), layers.normalising_on_load(*on_load):
             fused = unet(*args)
-    assert any(kw["norm"] is not None for kw in calls) == on_load
+    assert any(kw["norm"] is not None for kw in calls) == bool(on_load)
     assert any(kw["unit"] for kw in calls)
     assert fused.shape == plain.shape and fused.dtype == plain.dtype
     torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4 * plain.std().item())
