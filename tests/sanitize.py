@@ -53,8 +53,8 @@ def run_family(family: str, journal: Path) -> None:
     os._exit(0)  # the driver's exit handlers may hang after a kernel that was ended
 
 
-def compile_all() -> int:
-    """Every program of every call into the kernel cache, so that no tool waits for ptxas."""
+def compile_all(families: list[str]) -> int:
+    """Every program of their calls into the kernel cache, so that no tool waits for ptxas."""
     import sanitized_calls
     import torch
 
@@ -66,7 +66,7 @@ def compile_all() -> int:
         programs.add(program)
 
     loader.Program.launch = collect  # type: ignore[method-assign]
-    for family in sanitized_calls.FAMILIES:
+    for family in families:
         for call in sanitized_calls.calls(family):
             with contextlib.suppress(Exception):  # the run under a tool meets it again, and says it
                 call.run(*call.args)
@@ -209,13 +209,13 @@ def main() -> int:
     import sanitized_calls
 
     end = time.time() + args.seconds
-    print(f"{compile_all()} programs compiled", flush=True)
     asked = [
         subprocess.run([sanitizer(), f"--{o}"], capture_output=True) for o in ("help", "version")
     ]
     known_options, version = ((a.stdout + a.stderr).decode() for a in asked)
     families = [f for f in sanitized_calls.FAMILIES if not args.family or f in args.family]
     families = [f for f in families if sanitized_calls.calls(f)]
+    print(f"{compile_all(families)} programs compiled", flush=True)
     runs = [(family, tool) for tool in args.tool or TOOLS for family in families]
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.logs or Path(scratch)
