@@ -141,10 +141,10 @@ class FrameStream(LiveControls):
                 raise RuntimeError(f"submit: {IN_FLIGHT} frames are under way; collect one first")
             buffers = self._of_size(frame.shape[0], frame.shape[1])
             with self._running():
+                buffers.draws.normal_(generator=self._generator)  # while the frame is on its way
                 slot = buffers.bus.bring(frame)
                 if self._planned and buffers.policy is not self._wanted():
                     self._plan_again(buffers)  # a graph must not silently keep the old kernels
-                buffers.draws.normal_(generator=self._generator)
                 if buffers.plan is not None:
                     buffers.plan.run()
                 else:
