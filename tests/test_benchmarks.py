@@ -64,7 +64,8 @@ def test_every_peer_of_a_quick_case_runs_on_the_gpu(group):
                 error = (
                     out.double() - subject.truth.double()
                 ).norm() / subject.truth.double().norm()
-                assert error < 2e-2, (case.op, case.name, name)
+                allowed = 0.08 if case.op in eight_bit.OPS else 2e-2  # truth has e4m3 inputs
+                assert error < allowed, (case.op, case.name, name)
 
 
 @pytest.mark.parametrize("way", ["applied", "folded"])
