@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mirage_hello.model import derived, fp8
+from mirage_hello.model.autoencoder import Autoencoder
+from mirage_hello.model.deltas import Delta, Deltas
 from mirage_hello.model.denoiser import Denoiser
 
 
@@ -60,10 +66,21 @@ class LiveControls:
     """The controls of a stream; each is effective on the next frame, and none is ignored."""
 
     denoiser: Denoiser
+    autoencoder: Autoencoder
     steps: int
     dtype: torch.dtype
     device: torch.device
     _controls: Controls
+    _deltas: Deltas
+    _lock: threading.RLock
+    _running: Callable[[], contextlib.AbstractContextManager[None]]
+
+    def _forget_plans(self) -> None:
+        """Make every plan again at its next frame."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        raise NotImplementedError
 
     def _change(self, **changed: Any) -> None:
         """Bring changed controls to the tensors that a plan reads."""
@@ -120,6 +137,42 @@ class LiveControls:
     @schedule.setter
     def schedule(self, levels: Iterable[float] | None) -> None:
         self._change(schedule=None if levels is None else tuple(levels))
+
+    def set_deltas(self, deltas: Mapping[str, Delta], scale: float = 1.0) -> None:
+        """Weights W + scale * delta from the next frame on, in the place of earlier deltas.
+
+        Args:
+            deltas: name of a parameter of the denoiser -> a tensor of its shape, or a pair
+                (up [O, r], down [r, I]) whose product it is. {}: the weights as they were.
+        Raises:
+            ValueError: unknown name (the text has the nearest), or a shape that does not fit.
+        """
+        with self._lock:
+            self._deltas.check(deltas)
+            with self._running():
+                self._deltas.apply(deltas, scale)
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Bring all that is made of weights up to date: call it after changing them in place."""
+        with self._lock, self._running():
+            derived.remake(self.denoiser)
+            derived.remake(self.autoencoder)
+        self._change()
+
+    def use_fp8(self, frames: Iterable[np.ndarray | Tensor] | None) -> dict[str, float]:
+        """Multiply in e4m3, calibrated on a clip; None: in the model's dtype again.
+
+        Where the hand-written kernels of compute capability 9.0 run; elsewhere nothing changes.
+        Returns: the scale of each layer (see `fp8`). The plans are made again.
+        """
+        with self._lock:
+            fp8.use(self.denoiser, {})
+            scales = {} if frames is None else fp8.calibrate(self, frames)
+            fp8.use(self.denoiser, scales)
+            self._forget_plans()
+            self.reset()
+            return scales
 
     def _default_context(self) -> Tensor:
         config = self.denoiser.unet.config

@@ -10,10 +10,9 @@ layer is a chain of registry ops.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ from mirage_hello.kernels import (
 from mirage_hello.kernels.call import device_arch
 from mirage_hello.kernels.policy import current
 from mirage_hello.model import fp8
+from mirage_hello.model.derived import derived
 
 HALF = (torch.bfloat16, torch.float16)
 CHANNELS = 8  # TMA moves 16 bytes: channels of a convolution come in multiples of 8
@@ -240,59 +240,6 @@ def _folds(x: Tensor, linear: nn.Linear) -> str | None:
 
 
 # Weights made of weights
-
-
-@dataclass
-class _Made:
-    sources: tuple[Tensor, ...]
-    make: Callable[[], tuple[Tensor, ...]]
-    number: float
-    state: list[Any]
-    tensors: tuple[Tensor, ...]
-
-
-def derived(
-    module: nn.Module,
-    sources: tuple[Tensor, ...],
-    make: Callable[[], tuple[Tensor, ...]],
-    number: float = 0.0,
-) -> tuple[Tensor, ...]:
-    """`make()`, kept with the module, and made again when a source or the number has changed.
-
-    In the same memory where the shapes allow it, because a captured graph holds the addresses; a
-    graph does not come by here, so `remake` follows a change of weights in place.
-    """
-    state = [number, *((t.data_ptr(), t._version) for t in sources)]
-    made: _Made | None = module.__dict__.get("_derived")
-    if made is None or made.state != state:
-        tensors = make()
-        if made is not None and _alike(made.tensors, tensors):
-            for old, new in zip(made.tensors, tensors, strict=True):
-                old.copy_(new)
-            tensors = made.tensors
-        made = module.__dict__["_derived"] = _Made(sources, make, number, state, tensors)
-    return made.tensors
-
-
-def remake(model: nn.Module) -> None:
-    """Bring every derived weight of a model up to date."""
-    for module in model.modules():
-        made: _Made | None = module.__dict__.get("_derived")
-        if made is not None:
-            derived(module, made.sources, made.make, made.number)
-
-
-def derived_tensors(model: nn.Module) -> list[Tensor]:
-    """Every derived weight of a model that exists now."""
-    made = [m.__dict__.get("_derived") for m in model.modules()]
-    return [t for m in made if m is not None for t in m.tensors]
-
-
-def _alike(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> bool:
-    return all(
-        (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
-        for a, b in zip(old, new, strict=True)
-    )
 
 
 def padded(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirage_hello.model import layers
+from mirage_hello.model import derived
 from mirage_hello.ptx import loader
 
 CHUNK_BYTES = 12 * 2**20  # two chunks and the activations fit into an L2 of 50 MB
@@ -34,8 +34,8 @@ class Weight:
 
 def weights_of(modules: Iterable[nn.Module]) -> dict[int, Weight]:
     """Address -> weight, of parameters and of what was made of them."""
-    tensors = [p for module in modules for p in module.parameters()]
-    tensors += [t for module in modules for t in layers.derived_tensors(module)]
+    tensors: list[Tensor] = [p for module in modules for p in module.parameters()]
+    tensors += [t for module in modules for t in derived.derived_tensors(module)]
     found = ((t.data_ptr(), t.numel() * t.element_size()) for t in tensors)
     return {a: Weight(a, nbytes) for a, nbytes in found if nbytes >= SMALLEST_BYTES}
 

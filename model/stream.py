@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mirage_hello.kernels import Policy, policy, use
 from mirage_hello.kernels.policy import current
-from mirage_hello.model import budget, fp8, layers
+from mirage_hello.model import budget
 from mirage_hello.model.autoencoder import Autoencoder
 from mirage_hello.model.controls import Controls, LiveControls
-from mirage_hello.model.deltas import Delta, Deltas
+from mirage_hello.model.deltas import Deltas
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.frame import frame as run_frame
 from mirage_hello.model.frame_buffers import IN_FLIGHT, FrameBuffers, check_frame
@@ -166,21 +166,6 @@ class FrameStream(LiveControls):
                 buffers.draws.normal_(generator=self._generator)
                 self._frame(buffers)
 
-    def use_fp8(self, frames: Iterable[np.ndarray | Tensor] | None) -> dict[str, float]:
-        """Multiply in e4m3, calibrated on a clip; None: in the model's dtype again.
-
-        Where the hand-written kernels of compute capability 9.0 run; elsewhere nothing changes.
-        Returns: the scale of each layer (see `fp8`). The plans are made again.
-        """
-        with self._lock:
-            fp8.use(self.denoiser, {})
-            scales = {} if frames is None else fp8.calibrate(self, frames)
-            fp8.use(self.denoiser, scales)
-            for buffers in self._sizes.values():
-                buffers.plan = buffers.policy = None
-            self.reset()
-            return scales
-
     def collect(self) -> Any:
         """The oldest submitted frame's output, once it is there. RuntimeError: there is none."""
         with self._lock:
@@ -215,29 +200,7 @@ class FrameStream(LiveControls):
     def _frame(self, buffers: FrameBuffers) -> None:
         run_frame(self.denoiser, self.autoencoder, self.sampler, buffers, self._settings)
 
-    # Weights, kernels, state
-
-    def set_deltas(self, deltas: Mapping[str, Delta], scale: float = 1.0) -> None:
-        """Weights W + scale * delta from the next frame on, in the place of earlier deltas.
-
-        Args:
-            deltas: name of a parameter of the denoiser -> a tensor of its shape, or a pair
-                (up [O, r], down [r, I]) whose product it is. {}: the weights as they were.
-        Raises:
-            ValueError: unknown name (the text has the nearest), or a shape that does not fit.
-        """
-        with self._lock:
-            self._deltas.check(deltas)
-            with self._running():
-                self._deltas.apply(deltas, scale)
-            self.refresh()
-
-    def refresh(self) -> None:
-        """Bring all that is made of weights up to date: call it after changing them in place."""
-        with self._lock, self._running():
-            layers.remake(self.denoiser)
-            layers.remake(self.autoencoder)
-        self._change()
+    # Kernels, state
 
     @property
     def policy(self) -> Any:
@@ -355,6 +318,10 @@ class FrameStream(LiveControls):
         buffers.plan = buffers.policy = None
         with buffers.memory.kept():
             self._make_plan(buffers)
+
+    def _forget_plans(self) -> None:
+        for buffers in self._sizes.values():
+            buffers.plan = buffers.policy = None
 
     def _prepare(self, controls: Controls) -> Settings:
         with self._scope():

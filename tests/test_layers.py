@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from mirage_hello.kernels import conv2d_fused, use
-from mirage_hello.model import Autoencoder, AutoencoderConfig, UNetConfig, VideoUNet, layers
+from mirage_hello.model import (
+    Autoencoder,
+    AutoencoderConfig,
+    UNetConfig,
+    VideoUNet,
+    derived,
+    layers,
+)
 from mirage_hello.model.layers import Image, convolve
 
 # Groups of 4, 8 and, over two inputs, 12 and 16 channels: sums of 4.
@@ -100,7 +107,7 @@ def test_derived_weights_follow_their_sources_in_place() -> None:
     address = first.data_ptr()
     with torch.no_grad():
         conv.weight.mul_(2)
-    layers.remake(nn.Sequential(conv))
+    derived.remake(nn.Sequential(conv))
     assert first.data_ptr() == address and torch.equal(first[:4, :12], conv.weight)
     assert layers.padded(conv)[0] is first and not first[4:].any() and not bias[4:].any()
     conv.to(torch.float64)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from mirage_hello.kernels import ops, use
-from mirage_hello.model import layers, prefetch
+from mirage_hello.model import derived, layers, prefetch
 from mirage_hello.model.plan import recorded
 from mirage_hello.model.prefetch import Prefetch, Weight, chunked
 from mirage_hello.ptx import assembler, loader
@@ -60,7 +60,7 @@ def test_the_kernel_reads_inside_its_ranges() -> None:
 def test_derived_weights_are_known() -> None:
     conv = nn.Conv2d(12, 4, 3)
     wide, _ = layers.padded(conv)
-    assert wide.data_ptr() in {t.data_ptr() for t in layers.derived_tensors(nn.Sequential(conv))}
+    assert wide.data_ptr() in {t.data_ptr() for t in derived.derived_tensors(nn.Sequential(conv))}
 
 
 def test_budget() -> None:
