@@ -63,9 +63,10 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
+        """silu: of the result, for a reader that takes nothing else."""
         h = convolve(Image(ops.silu(x)), self.conv1, silu=True)
-        return convolve(h, self.conv2, residual=x).pixels
+        return convolve(h, self.conv2, residual=x, silu=silu).pixels
 
 
 class Encoder(nn.Module):
@@ -108,9 +109,10 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         x = convolve(Image(latents), self.conv_in).pixels
         x = _run(self.levels[0], x)
-        for up, level in zip(self.upsamplers, self.levels[1:], strict=True):
-            x = _run(level, convolve(Image(x), up, upsample=True).pixels)
-        return convolve(Image(ops.silu(x)), self.conv_out).pixels
+        for i, (up, level) in enumerate(zip(self.upsamplers, self.levels[1:], strict=True)):
+            is_last = i == len(self.upsamplers) - 1
+            x = _run(level, convolve(Image(x), up, upsample=True).pixels, silu=is_last)
+        return convolve(Image(x), self.conv_out).pixels
 
 
 def _widths(config: AutoencoderConfig) -> list[tuple[int, int]]:
@@ -121,9 +123,13 @@ def _blocks(channels: int, count: int) -> nn.ModuleList:
     return nn.ModuleList(Block(channels) for _ in range(count))
 
 
-def _run(blocks: nn.Module, x: Tensor) -> Tensor:
-    for block in blocks.children():
-        x = block(x)
+def _run(blocks: nn.Module, x: Tensor, silu: bool = False) -> Tensor:
+    """The blocks one after the other, and SiLU of what leaves the last."""
+    listed = list(blocks.children())
+    if silu and not listed:
+        return ops.silu(x)
+    for block in listed:
+        x = block(x, silu=silu and block is listed[-1])
     return x
 
 
