@@ -25,7 +25,8 @@ from .harness import FULL, MAX_CALLS, QUICK, Effort, Timing, measure
 INTERPRETED = {"ptx-emulated": ("cpu",), "triton": ("cpu",)}
 # Weights rotate through at least this much, 2.5 times the H200's 60 MB of L2.
 ROTATED_BYTES = 150_000_000
-STEP_SECONDS = 60.0  # a kernel, a peer or a timing that takes longer hangs
+STEP_SECONDS = 60.0  # a peer or a timing that takes longer hangs
+KERNEL_SECONDS = 25.0  # a kernel's first call, NVRTC or Triton compiling it
 COMPILE_SECONDS = 120.0
 
 # begin(step, seconds): called before each step that could hang or crash the process.
@@ -125,7 +126,7 @@ def measure_case(
         if reason:
             outcome.skipped.append({**subject.where, "kernel": kernel.name, "reason": reason})
             continue
-        begin(kernel.name, STEP_SECONDS)
+        begin(kernel.name, KERNEL_SECONDS)
         out, parity = first_run(kernel, subject)
         if out is None or not parity.passed:
             outcome.failures.append(_failure(subject, kernel, parity))

@@ -21,7 +21,7 @@ from .case import Case, Draw
 from .rows import Options, left_out, op_named
 from .worker import CASES, cases, decoded, encoded
 
-SECONDS = 100.0  # of a run's budget at most; what is not compiled then is compiled when measured
+SECONDS = 60.0  # of a run's budget at most; what is not compiled then is compiled when measured
 MOST_PROCESSES = 10  # each holds a CUDA context and torch: 3 GB of memory
 
 
