@@ -129,6 +129,17 @@ def test_assembles_without_spills(head_dim, tile):
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
+def test_registers_asked_for_are_there(tile):
+    """setmaxnreg only moves what a block has: asking for more waits for ever."""
+    text = tile.program(128).text
+    moved = [int(n) for n in re.findall(r"setmaxnreg\.(?:dec|inc)\S+ (\d+)", text)]
+    warpgroups = tile.warpgroups + 1
+    each = 65536 // (128 * warpgroups) // 8 * 8  # of a thread at entry
+    if moved:
+        assert moved[0] + moved[1] * tile.warpgroups <= each * warpgroups
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
 def test_exponentials_run_under_the_second_product(tile, tmp_path):
     """In the machine code: wait for S (1 group in flight), exponentials, wait for P V (none)."""
     wheel = importlib.util.find_spec("triton")
