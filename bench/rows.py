@@ -221,7 +221,7 @@ def _working_peers(
 def _cache_states(case: Case, options: Options) -> tuple[str, ...]:
     if not options.cold:
         return ("hot",)
-    return ("hot", "cold", "cold-weights") if case.weights else ("hot", "cold")
+    return ("hot", "cold-weights") if case.weights else ("hot", "cold")
 
 
 def _time(
