@@ -49,12 +49,6 @@ def remake(model: nn.Module) -> None:
             derived(module, made.sources, made.make, made.number)
 
 
-def derived_tensors(model: nn.Module) -> list[Tensor]:
-    """Every derived weight of a model that exists now."""
-    made = [m.__dict__.get("_derived") for m in model.modules()]
-    return [t for m in made if m is not None for t in m.tensors]
-
-
 def _alike(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> bool:
     return all(
         (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)

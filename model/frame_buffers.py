@@ -98,6 +98,8 @@ class Bus:
         if self._staged:
             self._up, self._down = (torch.cuda.Stream(frame_in.device) for _ in range(2))
             self._free = [_slot(frame_in) for _ in range(IN_FLIGHT)]
+            for copies in (self._up, self._down):  # after whatever the memory was used for before
+                copies.wait_stream(torch.cuda.current_stream())
 
     @property
     def under_way(self) -> int:
@@ -154,8 +156,9 @@ class Bus:
 
 
 def _slot(frame: Tensor) -> _Slot:
-    pinned = [torch.zeros_like(frame, device="cpu", pin_memory=frame.is_cuda) for _ in range(2)]
-    staged = [torch.zeros_like(frame) for _ in range(2)]
+    # Empty: nothing that a copy stream would have to wait for is queued for this memory.
+    pinned = [torch.empty_like(frame, device="cpu", pin_memory=frame.is_cuda) for _ in range(2)]
+    staged = [torch.empty_like(frame) for _ in range(2)]
     return _Slot(*pinned, *staged, *(torch.cuda.Event() for _ in range(3)))
 
 

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mirage_hello.model.prefetch import Prefetch, weights_of
 from mirage_hello.ptx import loader
 
 ALIGNMENT = 512  # bytes: what torch's own allocator aligns to
@@ -69,7 +68,6 @@ class Record:
     """What one run of the function did."""
 
     launches: list[Launch] = field(default_factory=list)
-    addresses: list[list[int]] = field(default_factory=list)  # hand-written launches' arguments
     buffers: list[Buffer] = field(default_factory=list)
     clock: int = 0  # counts allocations and ends, so that no launch is needed to tell them apart
 
@@ -128,8 +126,6 @@ class Plan:
         graph: capture a CUDA graph; default: on CUDA.
         arena: False: leave the buffers to torch's allocator, and record nothing. For functions
             that torch.compile made: they do not compile while their operations are watched.
-        prefetch: "chain" or "branch": weights of the modules come to the L2 ahead of their kernels,
-            by kernels in the graph's chain or beside it. None: they come when they are read.
     Attributes: record, launches; arena_bytes; graph.
     Raises:
         RuntimeError: the function does not allocate the same at every call.
@@ -142,7 +138,6 @@ class Plan:
         modules: Mapping[str, nn.Module] | None = None,
         graph: bool | None = None,
         arena: bool = True,
-        prefetch: str | None = None,
     ) -> None:
         self._function, self._device = function, device
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -155,11 +150,6 @@ class Plan:
             else:
                 function()
         self.launches = self.record.launches
-        self._prefetch: Prefetch | None = None
-        if prefetch and device.type == "cuda":
-            known = weights_of((modules or {}).values())
-            read = [[known[a] for a in each if a in known] for each in self.record.addresses]
-            self._prefetch = Prefetch(read, device, branch=prefetch == "branch")
         self.arena_bytes = place(self.record.buffers)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the runs needed, before the arena takes its place
@@ -180,8 +170,7 @@ class Plan:
         graph = torch.cuda.CUDAGraph()
         # thread_local: another stream's thread may go on allocating meanwhile.
         capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
-        asked = self._prefetch.asked() if self._prefetch else contextlib.nullcontext()
-        with torch.no_grad(), capture, self._served(), asked:
+        with torch.no_grad(), capture, self._served():
             self._function()
         self.graph = graph
 
@@ -204,7 +193,6 @@ def recorded(
     def launched(name: str, entry: str, grid: Any, block: Any, args: Any, smem: int) -> None:
         found = [a if isinstance(a, Tensor) else getattr(a, "tensor", None) for a in args]
         shapes = tuple(tuple(t.shape) for t in found if t is not None)
-        record.addresses.append([t.data_ptr() for t in found if t is not None])
         record.launches.append(Launch(where.name, entry, tuple(grid), tuple(block), smem, shapes))
 
     with where.followed(), loader.watched(launched), _Recorded(record, device, where):

@@ -47,7 +47,6 @@ class FrameStream(LiveControls):
         policy: which kernels (see `kernels.use`); None: what the scope of `push` says.
         graph: make a plan with a CUDA graph; default: on CUDA.
         arena: whether the plan places the kernels' buffers (see `Plan`).
-        prefetch: whether it brings weights to the L2 ahead: "chain", "branch" or None (see `Plan`).
         seed: of the noise. The same seed, frames and settings give the same output.
         strength: in (0, 1]. 1 starts from pure noise; less starts from the input frame with less
             noise (Meng et al., "SDEdit", 2022), so that more of it is kept.
@@ -75,7 +74,6 @@ class FrameStream(LiveControls):
         policy: Any = None,
         graph: bool | None = None,
         arena: bool = True,
-        prefetch: str | None = None,
         seed: int = 0,
         strength: float = 1.0,
         history_noise: float = 0.05,
@@ -94,7 +92,7 @@ class FrameStream(LiveControls):
         self.steps = steps
         self.sampler = sampler or (one_step if steps == 1 else euler)
         self._planned = on_cuda if graph is None else graph
-        self._plan_options: dict[str, Any] = {"arena": arena, "prefetch": prefetch}
+        self._arena = arena
         self._policy, self._seed = policy, seed
         self._generator = torch.Generator(self.device).manual_seed(seed)
         self._stream = torch.cuda.Stream(self.device) if on_cuda else None
@@ -307,7 +305,7 @@ class FrameStream(LiveControls):
         modules = {"denoiser": self.denoiser, "autoencoder": self.autoencoder}
         with self._scope():
             buffers.plan = Plan(
-                lambda: self._frame(buffers), self.device, modules, **self._plan_options
+                lambda: self._frame(buffers), self.device, modules, arena=self._arena
             )
         buffers.policy = self._wanted()
         buffers.memory.reset()  # the runs that made the plan were no part of the stream

@@ -261,7 +261,7 @@ class FakeCuda:
     def record(self, *args) -> None:
         pass
 
-    wait = synchronize = record
+    wait = wait_stream = synchronize = record
 
     def __enter__(self) -> None:
         pass
@@ -271,7 +271,7 @@ class FakeCuda:
 
 
 def test_the_staged_way_in_and_out(monkeypatch) -> None:
-    for name in ("Stream", "Event", "stream"):
+    for name in ("Stream", "Event", "stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, FakeCuda)
     frames = clip(5)
     frame_in, frame_out = (torch.zeros(1, 32, 40, 3, dtype=torch.uint8) for _ in range(2))

@@ -17,8 +17,7 @@ import torch
 from mirage_hello.bench import frame_profile, harness
 from mirage_hello.kernels import use
 from mirage_hello.kernels.parity import exact_float32
-from mirage_hello.model import FrameStream, build, layers, prefetch
-from mirage_hello.model.plan import Plan
+from mirage_hello.model import FrameStream, build, layers
 from mirage_hello.ptx import programmatic
 
 SIZE = (512, 512)
@@ -26,24 +25,12 @@ LIMIT_S = 120
 FRAMES = 300
 VARIANTS = {
     "all": (),
-    "prefetch chain": (lambda: prefetching("chain"),),
-    "prefetch branch": (lambda: prefetching("branch"),),
     "1x1 normalised on load": (lambda: layers.normalising_on_load(1),),
     "normalised on load": (lambda: layers.normalising_on_load(1, 3),),
     "fp8": (),
     "without overlap": (programmatic.without_overlap,),
     "op by op": (lambda: layers.fusing(None),),
 }
-
-
-PREFETCH: list[str | None] = [None]
-CHUNKS_MIB = (6, 12, 24)
-
-
-@contextlib.contextmanager
-def prefetching(how: str):
-    PREFETCH[0] = how
-    yield
 
 
 def unet_inputs(unet: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -60,30 +47,6 @@ def unet_inputs(unet: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 def error(out: torch.Tensor, truth: torch.Tensor) -> float:
     return ((out.double() - truth.double()).norm() / truth.double().norm()).item()
-
-
-def step_with_prefetch(unet: Any, x: torch.Tensor, biases: list, keys: list, mib: int) -> float:
-    """Microseconds of the network as a plan with prefetches in chunks of so many MiB."""
-    prefetch.CHUNK_BYTES = mib * 2**20
-    out = torch.empty_like(unet(x, biases, keys))
-    expected = unet(x, biases, keys).clone()
-
-    def step() -> None:
-        out.copy_(unet(x, biases, keys))
-
-    plan = Plan(step, torch.device("cuda"), {"unet": unet}, prefetch=PREFETCH[0])
-    spans = []
-    for _ in range(40):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        plan.run()
-        end.record()
-        torch.cuda.synchronize()
-        spans.append(begin.elapsed_time(end) * 1e3)
-    same = torch.equal(out, expected)
-    median = sorted(spans)[20]
-    print(f"  chunks of {mib} MiB: {median:.0f} us, same bits {same}", flush=True)
-    return median
 
 
 def measure(variant: str) -> dict:
@@ -119,10 +82,7 @@ def _measure(variant: str) -> dict:
     result["step_us"] = {name: t.percentiles_us for name, t in timed.items()}
     print(f"  step {timed['step'].median_us:.0f} us, with prepared conditions "
           f"{timed['prepared'].median_us:.0f} us", flush=True)  # fmt: skip
-    if PREFETCH[0]:
-        result["chunks"] = {mib: step_with_prefetch(unet, args[0], biases, keys, mib)
-                            for mib in CHUNKS_MIB}  # fmt: skip
-    stream = FrameStream(*pair, size=SIZE, prefetch=PREFETCH[0])
+    stream = FrameStream(*pair, size=SIZE)
     for i in range(20):
         stream.push(clip[i % 8])
     spans = []
