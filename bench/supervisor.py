@@ -8,6 +8,7 @@ without it in a new process.
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import time
@@ -104,6 +105,7 @@ def _run_worker(batch: list[str], options: Options, out: Path, to_stderr: bool) 
     process = subprocess.Popen(
         [*command, "+".join(batch), encoded(options), str(out)],
         stdout=sys.stderr if to_stderr else None,
+        env=os.environ | warm.ONE_THREAD if options.warm else None,
     )
     try:
         return _watch(process, options, Journal(out))

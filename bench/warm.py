@@ -22,6 +22,8 @@ from .rows import Options, left_out, op_named
 from .worker import CASES, cases, decoded, encoded
 
 SECONDS = 60.0  # of a run's budget at most; what is not compiled then is compiled when measured
+# Of inductor: its own pool would be COUNT times too many here, and idle where all is compiled.
+ONE_THREAD = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 MOST_PROCESSES = 10  # each holds a CUDA context and torch: 3 GB of memory
 
 
@@ -33,8 +35,7 @@ def processes() -> int:
 def run(groups: list[str], options: Options, seconds: float) -> float:
     """Warm the cases of these groups, for at most `seconds`; returns the seconds it took."""
     begun, count = time.time(), processes()
-    # One thread of inductor each: its own pool would be COUNT times too many.
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment = os.environ | ONE_THREAD
     command = [sys.executable, "-P", "-m", "mirage_hello.bench.warm"]
     running = [
         subprocess.Popen(
