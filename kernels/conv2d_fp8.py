@@ -18,7 +18,7 @@ from torch import Tensor
 from mirage_hello import reference
 from mirage_hello.kernels.conv2d_norm import Norm
 from mirage_hello.kernels.conv2d_sm90a import conv2d_fused_sm90a
-from mirage_hello.kernels.product_sm90a import Tile
+from mirage_hello.kernels.conv2d_tiles import Tile
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # finite value of e4m3

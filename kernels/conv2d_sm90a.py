@@ -9,15 +9,12 @@ from torch import Tensor
 
 from mirage_hello.kernels.call import Call, TensorSpec
 from mirage_hello.kernels.conv2d_norm import Norm, merged_early, norm_args
-from mirage_hello.kernels.conv2d_tiles import candidates, choose_tile
-from mirage_hello.kernels.product_sm90a import SHORT_NAME, Tile
+from mirage_hello.kernels.conv2d_tiles import Tile, candidates, choose_tile
 from mirage_hello.ptx import loader
 
 __all__ = ["candidates", "choose_tile", "conv2d_fused_sm90a", "conv2d_sm90a", "program", "supports"]
 
-# Switches of the template that the sweeps time
-STRAIGHT = False  # passes of the epilogue without branches between them
-AHEAD = 4  # weight tiles in flight while the ring is fresh
+SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def conv2d_sm90a(
@@ -134,11 +131,10 @@ def program(
 ) -> loader.Program:
     """The program of a fitted tile; norm_silu: whether SiLU follows the norm, None without one."""
     return loader.program(
-        "conv2d.sm90a", OP="conv2d", R=r, S=s, STRIDE=stride, SKIP=skip, UPSAMPLE=upsample,
+        "conv2d.sm90a", R=r, S=s, STRIDE=stride, SKIP=skip, UPSAMPLE=upsample,
         PATCH=tile.patch, PATCH_STAGES=tile.patch_stages, dtype=dtype, SUMS=unit,
         SUM_SLOTS=_slots(tile, unit), SILU=silu, NORM=norm_silu is not None,
-        NORM_SILU=bool(norm_silu), FP8=fp8, PROMOTE=tile.promote, STRAIGHT=STRAIGHT, AHEAD=AHEAD,
-        **tile.variables(r, s),
+        NORM_SILU=bool(norm_silu), FP8=fp8, PROMOTE=tile.promote, **tile.variables(r, s),
     )  # fmt: skip
 
 

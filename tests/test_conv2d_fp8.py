@@ -10,8 +10,7 @@ from mirage_hello.kernels import conv2d_fp8 as page
 from mirage_hello.kernels import conv2d_fused as fused
 from mirage_hello.kernels import parity
 from mirage_hello.kernels.conv2d_sm90a import program
-from mirage_hello.kernels.conv2d_tiles import PROMOTED_WIDEST, choose_tile
-from mirage_hello.kernels.product_sm90a import Tile
+from mirage_hello.kernels.conv2d_tiles import PROMOTED_WIDEST, Tile, choose_tile
 from mirage_hello.ptx import assembler
 
 PATCH = Tile(1, 32, patch=True, promote=2)

@@ -11,8 +11,7 @@ from mirage_hello import reference
 from mirage_hello.kernels import conv2d_fused as page
 from mirage_hello.kernels import parity
 from mirage_hello.kernels.conv2d_sm90a import candidates, conv2d_fused_sm90a, program
-from mirage_hello.kernels.conv2d_tiles import NORM_WIDEST
-from mirage_hello.kernels.product_sm90a import Tile
+from mirage_hello.kernels.conv2d_tiles import NORM_WIDEST, Tile
 from mirage_hello.ptx import assembler
 
 PATCH = Tile(1, 32, patch=True)

@@ -8,7 +8,7 @@ import torch
 
 from mirage_hello import reference
 from mirage_hello.kernels import BackendError, conv2d_sm90a, ops, parity, use
-from mirage_hello.kernels.product_sm90a import SMEM_BYTES, Tile
+from mirage_hello.kernels.conv2d_tiles import SMEM_BYTES, Tile
 from mirage_hello.ptx import assembler
 
 PATCH = Tile(1, 32, patch=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mirage_hello.bench.sweeps import product, runner
 from mirage_hello.kernels import conv2d_sm90a as conv
 from mirage_hello.kernels import parity
-from mirage_hello.kernels.product_sm90a import RESIDENT, Tile
+from mirage_hello.kernels.conv2d_tiles import RESIDENT, Tile
 from mirage_hello.reference import conv2d as reference
 
 # name: (B, C, O, image, stride)

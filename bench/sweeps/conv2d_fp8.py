@@ -21,7 +21,7 @@ from mirage_hello.kernels import conv2d_fp8 as page
 from mirage_hello.kernels import conv2d_fused as fused
 from mirage_hello.kernels import conv2d_sm90a as conv
 from mirage_hello.kernels import tuning
-from mirage_hello.kernels.product_sm90a import Tile
+from mirage_hello.kernels.conv2d_tiles import Tile
 
 PROMOTES = (0, 1, 2, 4, 9)
 

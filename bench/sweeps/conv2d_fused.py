@@ -4,8 +4,6 @@ python bench/sweeps/conv2d_fused.py [CASE-SUBSTRING]      writes $OUT/sweep-conv
 
     conv            the chosen tile, weights loading under the kernel before (griddepcontrol)
     alone           the same text without griddepcontrol: starts when the kernel before has ended
-    ahead 12        weights fill a fresh ring at once, before the first patch
-    straight        no branches between the passes of the epilogue
     conv+sums       with the statistics of its output
     norm N +sums    GroupNorm+SiLU of the input while it is read, N patches in flight
     norm, conv      ops.group_norm_silu, statistics and all, then conv
@@ -28,7 +26,7 @@ from mirage_hello.bench.sweeps.conv2d import CASES, image
 from mirage_hello.kernels import conv2d_fused as page
 from mirage_hello.kernels import conv2d_sm90a as conv
 from mirage_hello.kernels import ops, parity
-from mirage_hello.kernels.product_sm90a import Tile
+from mirage_hello.kernels.conv2d_tiles import Tile
 from mirage_hello.ptx import loader
 
 UNITS = {128: 4, 512: 16}  # C / 32; 10 for the widths of a U-Net
@@ -76,12 +74,12 @@ def run_case(name: str) -> dict:
     unit = UNITS.get(o, 10)
     args = (x, weight, bias, stride, 1)
 
-    def switched(name: str, value: object, **options: Any) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with mock.patch.object(conv, name, value):
-                return conv.conv2d_fused_sm90a(*args, **options)[0]
+    @mock.patch.object(conv, "program", alone)
+    def without_overlap() -> Tensor:
+        return conv.conv2d_sm90a(*args)
 
-        return run
+    def normalised_on_load(tile: Tile) -> Tensor:
+        return conv.conv2d_fused_sm90a(*args, norm=norm, unit=unit, tile=tile)[0]
 
     def tile_of(patches: int) -> Tile:
         blocks, p = 9 * -(-c // 64), (size - 1) // stride + 1
@@ -98,11 +96,8 @@ def run_case(name: str) -> dict:
     contenders: dict[str, Callable[[], Tensor]] = {
         "cudnn": lambda: F.conv2d(*args),
         "conv": lambda: conv.conv2d_sm90a(*args),
-        "alone": switched("program", alone),
-        "ahead 12": switched("AHEAD", 12),
-        "straight": switched("STRAIGHT", True),
+        "alone": without_overlap,
         "conv+sums": lambda: conv.conv2d_fused_sm90a(*args, unit=unit)[0],
-        "straight+sums": switched("STRAIGHT", True, unit=unit),
     }
     after_norm: dict[str, Callable[[], Tensor]] = {
         "cudnn norm": lambda: F.conv2d(
@@ -112,9 +107,8 @@ def run_case(name: str) -> dict:
     }
     if stride == 1:
         for patches in (2, 3):
-            options: dict[str, Any] = {"norm": norm, "unit": unit, "tile": tile_of(patches)}
-            after_norm[f"norm {patches} +sums"] = switched("STRAIGHT", False, **options)
-        after_norm["norm 3 straight"] = switched("STRAIGHT", True, **options)
+            tile = tile_of(patches)
+            after_norm[f"norm {patches} +sums"] = functools.partial(normalised_on_load, tile)
     product.compile_all([*contenders.values(), *after_norm.values()])
     expect(name, contenders, args)
     normed = F.silu(F.group_norm(x.float(), groups, norm_weight.float(), norm_bias.float()))

@@ -22,7 +22,8 @@ import torch
 from mirage_hello.kernels import conv2d_fused as page
 from mirage_hello.kernels import conv2d_sm90a as conv
 from mirage_hello.kernels import parity
-from mirage_hello.kernels.product_sm90a import SHORT_NAME, Tile
+from mirage_hello.kernels.conv2d_sm90a import SHORT_NAME
+from mirage_hello.kernels.conv2d_tiles import Tile
 
 # (tile, window, stride, skip, upsample, unit, activation, whether SiLU follows a norm or None)
 Kind = tuple[Tile, int, int, bool, bool, int, str | None, bool | None]
@@ -118,7 +119,6 @@ def in_double(value: Any) -> Any:
 def check(values: dict[str, Any], tile: Tile) -> str | None:
     """What is wrong with one call, or None."""
     tile = replace(tile, stages=STAGES)
-    conv.STRAIGHT = values["x"].dtype == torch.bfloat16  # one dtype for each form of the epilogue
     unsummed: Any = values | {"unit": 0}
     doubled: Any = {name: in_double(value) for name, value in unsummed.items()}
     truth = page.conv2d_fused_torch(**doubled)[0]
@@ -133,16 +133,14 @@ def check(values: dict[str, Any], tile: Tile) -> str | None:
 
 def compile_all() -> None:
     """Every program, on all cores, before the clock starts."""
-    jobs = []
-    for dtype in DTYPES:
-        conv.STRAIGHT = dtype == torch.bfloat16
-        jobs += [
-            conv.program(
-                replace(tile, stages=STAGES), window, window, stride, SHORT_NAME[dtype],
-                skip=skip, upsample=upsample, unit=unit, silu=bool(act), norm_silu=norm_silu,
-            )
-            for tile, window, stride, skip, upsample, unit, act, norm_silu in PROGRAMS
-        ]  # fmt: skip
+    jobs = [
+        conv.program(
+            replace(tile, stages=STAGES), window, window, stride, SHORT_NAME[dtype],
+            skip=skip, upsample=upsample, unit=unit, silu=bool(activation), norm_silu=norm_silu,
+        )
+        for tile, window, stride, skip, upsample, unit, activation, norm_silu in PROGRAMS
+        for dtype in DTYPES
+    ]  # fmt: skip
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda program: program.compile("sm_90a"), set(jobs)))
 
