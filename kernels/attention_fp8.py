@@ -150,8 +150,14 @@ def attention_fp8(
 
 
 def choose_tile(heads: int, n: int, m: int, d: int) -> Tile:
-    """The tile for `heads` (batch x heads) times n queries and m keys."""
-    return Tile(2, 128, 3)
+    """The tile for `heads` (batch x heads) times n queries and m keys; see docs/attention.md."""
+
+    def blocks(warpgroups: int) -> int:
+        return heads * -(-n // (64 * warpgroups))
+
+    if blocks(3) >= 96:
+        return Tile(3, 96, 3) if d <= 64 else Tile(3, 96, 2, promote=4, sums_in_shared=True)
+    return Tile(2 if blocks(2) >= 96 else 1, 128, 3)
 
 
 def turn_keys(v: Tensor) -> Tensor:

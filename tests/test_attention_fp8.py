@@ -11,6 +11,7 @@ import torch
 from mirage_hello.kernels.attention_fp8 import (
     Tile,
     attention_fp8,
+    choose_tile,
     quantize,
     reference,
     turn_keys,
@@ -92,6 +93,15 @@ def test_quantize_keeps_zeros_and_the_largest():
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_tiles_in_the_emulator(tile, steep):
     args = inputs(1, 70, 500, 1, 80, steep=steep)
+    assert_right(attention_fp8(*args, tile=tile), args)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 112, 128])
+@pytest.mark.parametrize(("heads", "length"), [(16, 8192), (2, 8192), (2, 64)])
+def test_chosen_tiles(heads, length, head_dim, device):
+    """The tile of a large call, on a small one, in the emulator and on a GPU."""
+    tile = choose_tile(heads, length, length, head_dim)
+    args = inputs(1, 200, 700, 1, head_dim, device)
     assert_right(attention_fp8(*args, tile=tile), args)
 
 
