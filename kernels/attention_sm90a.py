@@ -1,6 +1,5 @@
 """attention on Hopper: the launch of ptx/attention.sm90a.ptx.j2 and the choice of its tile."""
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +16,11 @@ SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16"}
 class Tile:
     """64 * warpgroups queries by block_n keys, `stages` key blocks in flight.
 
+    ping_pong: the warpgroups issue their products in turns.
     poly: how many of every 16 exponentials run as polynomials on the FMA units.
     lazy: the first block's row maxima serve all blocks; see the header of the source.
+    pv_first: p v of a block is issued before q k^T of the next and both are awaited.
+    unroll: the loop over the keys is unrolled by the stages.
     """
 
     warpgroups: int
@@ -27,29 +29,17 @@ class Tile:
     ping_pong: bool
     poly: int
     lazy: bool = False
-    key_groups: int = 1
-    order: str = "qk_pv"
-    turn: str = "both"
-    ones: bool = False
+    pv_first: bool = False
     unroll: bool = False
-    degree: int = 3
-    min_ctas: int = 1
-    resident: bool = False
-    stream: bool = False
-    cluster: int = 1
 
     @property
     def threads(self) -> int:
-        return 128 * (self.warpgroups * self.key_groups + (not self.resident))
+        return 128 * (self.warpgroups + 1)
 
     def smem_bytes(self, head_dim: int) -> int:
         """Q rows and 2 x stages key blocks of 128-byte rows, one row per 64 columns; barriers."""
-        rows = 64 * self.warpgroups * (1 + self.stream) + 2 * self.stages * self.block_n
-        barriers = 32 * self.stages + (32 if self.stream else 8)
-        barriers += 8 * (self.cluster - 1)
-        if self.ones:
-            barriers += 2048 if head_dim == 64 else 8 * self.stages
-        return -(-head_dim // 64) * rows * 128 + barriers
+        rows = 64 * self.warpgroups + 2 * self.stages * self.block_n
+        return -(-head_dim // 64) * rows * 128 + 8 + 32 * self.stages
 
     def program(self, head_dim: int, dtype: str) -> loader.Program:
         return loader.program(
@@ -61,16 +51,8 @@ class Tile:
             PING_PONG=self.ping_pong,
             POLY=self.poly,
             LAZY=self.lazy,
-            KEY_GROUPS=self.key_groups,
-            ORDER=self.order,
-            TURN=self.turn,
-            ONES=self.ones,
+            PV_FIRST=self.pv_first,
             UNROLL=self.unroll,
-            DEGREE=self.degree,
-            MIN_CTAS=self.min_ctas,
-            RESIDENT=self.resident,
-            STREAM=self.stream,
-            CLUSTER=self.cluster,
             dtype=dtype,
         )
 
@@ -89,35 +71,15 @@ def attention_sm90a(
     q, scale_log2 = attention_mma.positive_scale(q, scale)
     tile = tile or choose_tile(b * h, n, m, d, q.dtype)
     block_m, short = 64 * tile.warpgroups, SHORT_NAME[q.dtype]
-    maps = (
-        _heads(q, block_m),
-        *(_heads(x, tile.block_n // tile.cluster) for x in (k, v)),
-        _heads(out, 64),
+    maps = (_heads(q, block_m), _heads(k, tile.block_n), _heads(v, tile.block_n), _heads(out, 64))
+    tile.program(d, short).launch(
+        f"attention_{short}",
+        grid=(-(-n // block_m), h, b),
+        block=(tile.threads,),
+        args=(*maps, m, -(-m // tile.block_n), scale_log2),
+        smem_bytes=tile.smem_bytes(d),
     )
-    tiles, blocks = -(-n // block_m), -(-m // tile.block_n)
-    tiles = -(-tiles // tile.cluster) * tile.cluster
-    program, smem_bytes = tile.program(d, short), tile.smem_bytes(d)
-    args: tuple = (*maps, m, blocks, scale_log2)
-    if not tile.stream:
-        program.launch(f"attention_{short}", (tiles, h, b), (tile.threads,), args, smem_bytes)
-        return out
-    units = tiles * h * b * blocks
-    ctas = min(_multiprocessors(q.device), units)
-    share, extra = divmod(units, ctas)
-    partials = torch.empty(ctas, 2, tile.warpgroups, d // 8 + 1, 128, 4, device=q.device)
-    args += (partials, tiles, h, share, extra)
-    program.launch(f"attention_{short}", (ctas,), (tile.threads,), args, smem_bytes)
-    if share % blocks or extra:
-        merged = (partials, out, n, blocks, tiles, h, share, extra)
-        program.launch(f"attention_merge_{short}", (ctas - 1, tile.warpgroups), (128,), merged)
     return out
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 5  # emulated: few enough that a small call has whole tiles and parts
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _heads(t: Tensor, rows: int) -> loader.TensorMap:
@@ -147,10 +109,12 @@ def choose_tile(heads: int, n: int, m: int, d: int, dtype: torch.dtype) -> Tile:
     if d <= 64 and m >= 8192 and tiles(4) >= 96:
         return Tile(4, 64, 3, True, 0, lazy)
     if d <= 64 and tiles(3) >= 96:
-        return Tile(3, 128, 2, True, 0, lazy)
+        return Tile(3, 128, 2, True, 1 if lazy else 0, lazy, pv_first=True, unroll=lazy)
     if tiles(2) >= 128:
         return Tile(2, 96 if d <= 128 else 64, 3 if d <= 192 else 2, False, 0, lazy)
-    return Tile(1, 128 if d <= 160 else 64, 3 if d <= 80 else 2, False, 0, lazy)
+    if d <= 128:
+        return Tile(1, 128, 3 if d <= 80 else 2, False, 0, lazy, unroll=lazy)
+    return Tile(1, 64, 3 if d <= 192 else 2, False, 0, lazy, unroll=lazy)
 
 
 def supports(call: Call) -> str | None:

@@ -24,6 +24,15 @@ SHAPES = [
     (2, 300, 300, 8),
     (2, 300, 300, 256),
 ]
+TILES = sorted({(shape[-1], choose_tile(*shape, BF16)) for shape in SHAPES}, key=str)
+# Small, one of each kind of loop: turns or not, either order of the products, unrolled or not.
+LAZY = [
+    Tile(3, 48, 3, True, 2, True),
+    Tile(2, 48, 2, True, 1, True, pv_first=True, unroll=True),
+    Tile(2, 32, 3, False, 3, True, pv_first=True),
+    Tile(1, 64, 3, False, 2, True, unroll=True),
+    Tile(1, 64, 2, False, 2, True, unroll=True),
+]
 
 
 # Resources: the Budget lines of the sources, held against ptxas -v
@@ -41,59 +50,81 @@ def test_sm90a_has_no_spills_and_no_serialised_products(heads, queries, keys, he
     assert "C75" not in said, said  # setmaxnreg ignored, products serialised, waits moved
 
 
-def test_exponentials_run_under_the_second_product(tmp_path):
+@pytest.mark.parametrize(
+    ("head_dim", "tile", "loops", "least"),
+    [
+        (40, Tile(4, 80, 3, True, 2, True), 1, 35),  # 40 less 5 polynomials
+        (160, Tile(1, 64, 3, False, 0, True, unroll=True), 3, 24),
+    ],
+)
+def test_exponentials_run_under_the_second_product(head_dim, tile, loops, least, tmp_path):
     """In SASS: wait for S, exponentials, wait for P V. ptxas once moved the second wait up."""
     wheel = importlib.util.find_spec("triton")
     assert wheel, "pip install triton: its wheel has nvdisasm"
     nvdisasm = Path(wheel.submodule_search_locations[0], "backends/nvidia/bin/nvdisasm")
-    tile = Tile(4, 80, 3, True, 1, True)
     cubin = tmp_path / "attention.cubin"
-    cubin.write_bytes(tile.program(40, "bf16").compile("sm_90a"))
+    cubin.write_bytes(tile.program(head_dim, "bf16").compile("sm_90a"))
     done = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True)
     events = re.findall(r"DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2", done.stdout)
-    loops = "".join({"MUFU.EX2": "e"}.get(x, x[-1]) for x in events).split("1")[1:]
-    assert len(loops) == 2, "the lazy loop and the exact one"
-    for loop in loops:
-        assert loop.index("0") >= 35, "exponentials before the wait for P V: 40, less 5 polynomials"
+    pieces = "".join({"MUFU.EX2": "e"}.get(x, x[-1]) for x in events).split("1")[1:]
+    assert len(pieces) == loops + 1, "the lazy loop, unrolled or not, and the exact one"
+    for piece in pieces:
+        assert piece.index("0") >= least, "exponentials before the wait for P V"
 
 
 # Emulated
 
 
+@pytest.mark.parametrize("head_dim", [40, 72])
+@pytest.mark.parametrize("keys", [150, 330])
+@pytest.mark.parametrize("tile", LAZY)
+def test_lazy_tiles_in_the_emulator(tile, keys, head_dim):
+    q, k, v = draw(150, keys, head_dim)
+    assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
+
+
 @pytest.mark.parametrize(
     ("tile", "queries", "keys", "head_dim"),
     [
-        (Tile(2, 80, 2, True, 1, True), 100, 300, 40),
-        (Tile(1, 64, 2, False, 0, True), 64, 150, 160),
-        (Tile(1, 80, 1, False, 0, False), 60, 77, 40),
-        (Tile(3, 64, 2, True, 0, False), 130, 200, 72),
+        (Tile(1, 80, 1, False, 0), 60, 77, 40),
+        (Tile(2, 32, 2, False, 0, pv_first=True), 100, 100, 160),
+        (Tile(3, 64, 2, True, 0), 130, 200, 72),
+        (Tile(2, 48, 2, True, 0, pv_first=True), 130, 200, 256),
     ],
 )
-def test_sm90a_in_the_emulator(tile, queries, keys, head_dim):
+def test_exact_tiles_in_the_emulator(tile, queries, keys, head_dim):
     q, k, v = draw(queries, keys, head_dim)
     assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
 
 
 def run(q, k, v, scale=None):
-    return attention_sm90a(q, k, v, scale, Tile(1, 64, 2, False, 1, True))
+    return attention_sm90a(q, k, v, scale, Tile(1, 64, 2, False, 2, True, unroll=True))
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(BF16, 4000.0), (F16, 300.0)])
-def test_scores_beyond_the_lazy_maximum_run_again(dtype, largest):
-    q, k, v = draw(20, 200, 64, dtype)
+@pytest.mark.parametrize("tile", LAZY)
+def test_scores_beyond_the_lazy_maximum_run_again(tile, dtype, largest):
+    q, k, v = draw(70, 330, 64, dtype)
     k = steep(k, largest)
-    assert_right(run(q, k, v), q, k, v)
+    assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
 
 
-@pytest.mark.parametrize("key", [0, 5, 7, 63])
+@pytest.mark.parametrize("key", [0, 9, 15, 63])
 def test_one_dominating_key_walked_last(key):
-    """Where its column is a polynomial's (7) an overflow must show in the row sum as anywhere.
+    """Where its column is a polynomial's (9, 15, 63) an overflow must show in l as anywhere.
 
     Scores of some 6000: from 1e5 on, c s - c m is rounded by enough to move p off 1.
     """
     q, k, v = draw(20, 150, 64)
     q = q.abs()
     k[:, key] = 1e3
+    assert_right(run(q, k, v), q, k, v)
+
+
+def test_scores_beyond_the_polynomials_arithmetic():
+    """Scores of some 1e8: 1.5 x 2^23 - c m is inexact, so the exact pass takes over."""
+    q, k, v = draw(20, 150, 64)
+    q, k = q.sign() * 3e3, k.sign() * 3e3
     assert_right(run(q, k, v), q, k, v)
 
 
@@ -127,10 +158,19 @@ def test_identical_bits_from_run_to_run():
 @pytest.mark.gpu
 @pytest.mark.parametrize("keys", [1, 7, 77, 127, 129, 1000, 4096])
 @pytest.mark.parametrize("queries", [1, 129, 1000])
-@pytest.mark.parametrize("head_dim", [40, 64, 160])
-def test_lengths_on_a_gpu(queries, keys, head_dim):
+@pytest.mark.parametrize(("head_dim", "tile"), TILES)
+def test_lengths_on_a_gpu(head_dim, tile, queries, keys):
     q, k, v = draw(queries, keys, head_dim, device="cuda", batch=2, heads=3)
     assert_right(attention_sm90a(q, k, v), q, k, v)
+    assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "tile"), TILES)
+def test_scores_beyond_the_lazy_maximum_on_a_gpu(head_dim, tile):
+    q, k, v = draw(300, 1000, head_dim, device="cuda", heads=2)
+    k = steep(k, 4000.0)
+    assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
 
 
 @pytest.mark.gpu

@@ -36,54 +36,29 @@ CASES = {
 SMEM = 232448  # bytes a block may have on Hopper
 
 
-QK_FIRST, QK_EARLY, PV_FIRST = ("qk_pv", "both"), ("qk_pv", "first"), ("pv_qk", "first")
-
-
-def scheduled(tile: Tile, *schedules: tuple[str, str]) -> list[Tile]:
-    """The tile with each (order of the products, product after which the turn is passed on)."""
-    return [replace(tile, order=order, turn=turn) for order, turn in schedules]
-
-
-def unrolled(tile: Tile, polys: tuple[int, ...], ones: tuple[bool, ...] = (False,)) -> list[Tile]:
-    return [replace(tile, unroll=True, poly=p, ones=o) for o in ones for p in polys]
+def variants(tile: Tile) -> list[Tile]:
+    """The tile with either order of the products, its loop as it is and unrolled."""
+    return [replace(tile, pv_first=p, unroll=u) for p in (False, True) for u in (False, True)]
 
 
 def tiles(n: int, m: int, d: int) -> list[Tile]:
     """Tiles worth timing at this shape, by what wider sweeps said; docs/attention.md has those."""
-    found = []
     if m <= 128:
-        found = [Tile(4, 80, 2, False, 0), Tile(4, 80, 1, False, 0, resident=True)]
-        found += [replace(found[0], order="pv_qk"), replace(found[0], ones=True)]
-    elif d <= 48:
-        found = [Tile(4, 80, 3, True, 2, True)]
-        for t in scheduled(found[0], QK_FIRST, QK_EARLY, PV_FIRST):
-            found += unrolled(t, (0, 1, 2), (False, True))
-            found += [replace(t, unroll=True, ones=True, poly=3, degree=2)]
-            found += [replace(t, unroll=True, ones=True, stages=4)]
-    elif d <= 64 and m >= 8192:
-        for t in scheduled(Tile(4, 64, 3, True, 0, True), QK_FIRST, PV_FIRST):
-            found += [t, *unrolled(t, (0, 1))]
-        for t in scheduled(Tile(3, 128, 3, True, 1, True), ("pv_qk", "both"), PV_FIRST):
-            found += unrolled(t, (0, 1))
+        keys = -(-m // 16) * 16
+        return [Tile(g, keys, s, False, 0) for g in (2, 4) for s in (1, 2)]
+    if d <= 48:
+        found = [Tile(4, 80, 3, True, poly, True) for poly in (1, 2)]
     elif d <= 64:
-        found = [Tile(3, 128, 2, True, 1, True)]
-        for t in scheduled(found[0], ("pv_qk", "both"), PV_FIRST):
-            found += unrolled(t, (0, 1, 2)) + unrolled(replace(t, stages=3), (0, 1))
-            found += unrolled(replace(t, block_n=112, stages=3), (1,))
+        found = [Tile(3, 128, 2, True, poly, True) for poly in (0, 1)]
+        found += [Tile(4, 64, 3, True, poly, True) for poly in (0, 1)] * (m >= 8192)
     elif d <= 128 and n >= 4096:
-        for t in scheduled(Tile(2, 128, 2, True, 0, True), QK_FIRST, PV_FIRST):
-            found += [t, replace(t, unroll=True), replace(t, unroll=True, ping_pong=False)]
+        found = [Tile(2, keys, 2, pp, 0, True) for keys in (96, 128) for pp in (True, False)]
+        found += [Tile(2, 96, 3, False, 0, True)]
     elif d <= 128:
-        for t in scheduled(Tile(1, 128, 3, False, 0, True), QK_FIRST, PV_FIRST):
-            found += [t, *unrolled(t, (0,), (False, True))]
-            found += [replace(t, cluster=2), replace(t, cluster=2, unroll=True)]
-            for keys, stages, groups in ((64, 4, 2), (96, 4, 2), (64, 6, 3)):
-                found += [Tile(1, keys, stages, False, 0, True, groups, t.order, cluster=2)]
+        found = [Tile(1, 128, 3, False, 0, True), Tile(1, 64, 4, False, 0, True)]
     else:
-        for t in scheduled(Tile(1, 64, 2, False, 0, True), QK_FIRST, PV_FIRST):
-            found += [t, *unrolled(t, (0,), (False, True)), *unrolled(replace(t, stages=3), (0,))]
-            found += [replace(t, cluster=2, stages=3)]
-    return [t for t in found if t.smem_bytes(d) <= SMEM]
+        found = [Tile(1, 64, stages, False, 0, True) for stages in (2, 3)]
+    return [v for t in found for v in variants(t) if v.smem_bytes(d) <= SMEM]
 
 
 def run_case(name: str) -> dict:

@@ -3,10 +3,12 @@
     python bench/sweeps/attention_fuzz.py [CASES [SECONDS]]    10000 cases, at most 90 s
 
 Lengths, head dimensions, dtypes, layouts, scales and magnitudes are drawn from a printed seed;
-each case goes to one kernel in turn. Prints every failure and exits with 1 if there is one.
-Writes $OUT/attention-fuzz.json.
+each case goes to one kernel in turn. Every second one is for sm_90a, with a tile drawn from all
+that its launcher knows for the head dimension, also those meant for much larger calls. Prints
+every failure and exits with 1 if there is one. Writes $OUT/attention-fuzz.json.
 """
 
+import functools
 import json
 import os
 import random
@@ -20,17 +22,33 @@ from torch import Tensor
 
 from mirage_hello.kernels import attention_mma, parity
 from mirage_hello.kernels.attention import attention_torch
-from mirage_hello.kernels.attention_sm90a import SHORT_NAME, attention_sm90a, choose_tile
+from mirage_hello.kernels.attention_sm90a import SHORT_NAME, Tile, attention_sm90a, choose_tile
 from mirage_hello.reference import attention
 
 HEAD_DIMS = (8, 40, 64, 72, 80, 128, 160, 256)
 DTYPES = (torch.bfloat16, torch.float16)
+# heads x batch, queries, keys: one of each kind of call that choose_tile tells apart
+CALLS = [
+    (4, 400, 1),
+    (4, 400, 400),
+    (8, 256, 256),
+    (8, 1024, 1024),
+    (8, 4096, 77),
+    (64, 1024, 1024),
+    (16, 4096, 4096),
+    (16, 8192, 8192),
+]
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "ptx/sm_90a": attention_sm90a,
     "ptx/sm_80": attention_mma.attention_sm80,
     "ptx/sm_90a again": attention_sm90a,
     "cuda": attention_mma.attention_cuda,
 }
+
+
+@functools.cache
+def tiles(head_dim: int, dtype: torch.dtype) -> list[Tile]:
+    return sorted({choose_tile(*call, head_dim, dtype) for call in CALLS}, key=str)
 
 
 def draw(rng: random.Random) -> dict:
@@ -72,11 +90,9 @@ def compile_all() -> None:
     for d in HEAD_DIMS:
         for dtype in DTYPES:
             kind = attention_mma.ELEMENT[dtype][1]
-            jobs.append(attention_mma.choose_tile(d).program(d, kind))
+            jobs.append(attention_mma.choose_tile(d, 400, 4, 132).program(d, kind))
             jobs.append(attention_mma.cuda_source(d, dtype))
-            for m in (1, 400):
-                tile = choose_tile(4, 400, m, d, dtype)
-                jobs.append(tile.program(d, SHORT_NAME[dtype]))
+            jobs += [tile.program(d, SHORT_NAME[dtype]) for tile in tiles(d, dtype)]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda program: program.compile("sm_90a"), set(jobs)))
 
@@ -96,7 +112,10 @@ def main() -> int:
         q, k, v = tensors(case)
         truth = attention(q.double(), k.double(), v.double(), case["scale"])
         plain = attention_torch(q, k, v, case["scale"])
-        result = parity.judge(KERNELS[name](q, k, v, case["scale"]), plain, truth)
+        options = {}
+        if KERNELS[name] is attention_sm90a:
+            case["tile"] = options["tile"] = rng.choice(tiles(case["head_dim"], case["dtype"]))
+        result = parity.judge(KERNELS[name](q, k, v, case["scale"], **options), plain, truth)
         if not result.passed:
             failures.append({"kernel": name, **{key: str(x) for key, x in case.items()}})
             print(name, case, result, flush=True)

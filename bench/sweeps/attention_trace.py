@@ -20,27 +20,16 @@ from mirage_hello.ptx import loader
 POINTS = ("wait K, turn", "issue", "wait S", "exponentials, next K", "wait PV", "pack")
 # (B, H, N, M, D), tile
 CASES = [
-    ((1, 8, 4096, 4096, 40), Tile(4, 80, 3, True, 0, True)),
-    ((1, 8, 4096, 4096, 40), Tile(4, 80, 3, False, 0, True)),
-    ((1, 8, 4096, 4096, 40), Tile(1, 128, 3, False, 0, True)),
-    ((1, 5, 4096, 4096, 64), Tile(3, 128, 2, True, 0, True)),
-    ((1, 8, 1024, 1024, 80), Tile(1, 128, 3, False, 0, True)),
+    ((1, 8, 4096, 4096, 40), Tile(4, 80, 3, True, 2, True)),
+    ((1, 8, 4096, 4096, 40), Tile(4, 80, 3, True, 1, True, pv_first=True, unroll=True)),
+    ((1, 5, 4096, 4096, 64), Tile(3, 128, 2, True, 1, True, pv_first=True, unroll=True)),
+    ((1, 8, 1024, 1024, 80), Tile(1, 128, 3, False, 0, True, unroll=True)),
     ((1, 16, 4096, 4096, 128), Tile(2, 128, 2, False, 0, True)),
 ]
 
 
 def traced(text: str) -> str:
     """The rendered source with a parameter p_trace and a stored clock at each point."""
-
-    def after(pattern: str, point: int, text: str) -> str:
-        store = (
-            f"\n    mov.u32 %tr, %clock;\n    @%is_leader st.global.u32 [%p_tr+{4 * point}], %tr;"
-        )
-        text, count = re.subn(pattern, lambda m: m[0] + store, text)
-        if count != 1:
-            raise ValueError(f"{pattern} occurs {count} times in the source; adapt the trace to it")
-        return text
-
     text = text.replace(
         "    .param .u32 p_keys,", "    .param .u64 p_trace,\n    .param .u32 p_keys,"
     )
@@ -60,23 +49,38 @@ def traced(text: str) -> str:
     (groups,) = re.findall(r"(\d) consumer warpgroups own", text)
     line = "ld.param.f32 %c, [p_scale_log2];"
     text = text.replace(line, line + start.replace("WARPGROUPS", groups), 1)
-    text = after(r"\nLAZY_LOOP:", 0, text)
-    turn = r"@!%is bra   WAIT_K_LAZY;(\s*barrier.sync %my_turn, 256;)?"
-    text = after(turn, 1, text)
-    loop = text.index("\nLAZY_LOOP:")
-    end = text.index("EXACT_LOOP:", loop)
-    head, body, tail = text[:loop], text[loop:end], text[end:]
-    body = after(r"    wgmma.wait_group.sync.aligned 1;[^\n]*", 3, body)
-    body = after(r"\nNEXT_READY_LAZY:", 4, body)
-    body = after(r"    wgmma.wait_group.sync.aligned 0;[^\n]*", 5, body)
-    wait = body.index("    wgmma.wait_group.sync.aligned 1;")
-    store = "    mov.u32 %tr, %clock;\n    @%is_leader st.global.u32 [%p_tr+8], %tr;\n"
-    body = body[:wait] + store + body[wait:]
-    body = body.replace(
-        "    @%is_more bra LAZY_LOOP;",
-        "    add.u64 %p_tr, %p_tr, 32;\n    @%is_more bra LAZY_LOOP;",
-    )
-    return head + body + tail
+    bodies = r"(?m)^LAZY_LOOP(_\d+)?:.*?%is_more bra LAZY_[^\n]*\n"
+    text, count = re.subn(bodies, lambda m: stamped(m[0]), text, flags=re.DOTALL)
+    if count == 0:
+        raise ValueError("no loop with a lazy maximum in the source; adapt the trace to it")
+    return text
+
+
+def stamped(body: str) -> str:
+    """One turn of the loop with the clock stored at POINTS."""
+
+    def stamp(point: int) -> str:
+        address = f"[%p_tr+{4 * point}]"
+        return f"    mov.u32 %tr, %clock;\n    @%is_leader st.global.u32 {address}, %tr;\n"
+
+    lines, out, waits = body.splitlines(keepends=True), [], 0
+    for line in lines:
+        if "wgmma.wait_group" in line:
+            waits += 1
+            out += [stamp(2 * waits), line, stamp(2 * waits + 1)]
+        elif "%is_more bra" in line and line is lines[-1]:
+            if waits == 1:  # one wait for both products: nothing between the last two points
+                out += [stamp(4), stamp(5)]
+            out += ["    add.u64 %p_tr, %p_tr, 32;\n", line]
+        else:
+            out.append(line)
+            if line.startswith("LAZY_LOOP"):
+                out.append(stamp(0))
+                if "barrier.sync %my_turn" not in body:
+                    out.append(stamp(1))
+            elif "barrier.sync %my_turn" in line:
+                out.append(stamp(1))
+    return "".join(out)
 
 
 def run(shape: tuple, tile: Tile) -> dict:
@@ -91,7 +95,7 @@ def run(shape: tuple, tile: Tile) -> dict:
         program.launch(
             f"attention_{SHORT_NAME[q.dtype]}",
             grid=grid,
-            block=(128 * (tile.warpgroups + 1),),
+            block=(tile.threads,),
             args=(*maps, trace, m, blocks, d**-0.5 * math.log2(math.e)),
             smem_bytes=tile.smem_bytes(d),
         )
