@@ -106,15 +106,15 @@ def convolve(
     backend = fused_backend(x.pixels)
     statistics = None
     if norm is not None:
-        scale = fp8.scale_of(conv) if backend == "ptx" else None
-        on_load = conv.kernel_size[0] in _on_load.get() or scale is not None
-        statistics = _statistics(x, skip, norm, norm_silu) if backend and on_load else None
-        if statistics is not None and scale is not None:
-            return _convolve_fp8(x, conv, statistics, skip, channel_bias, residual, unit, scale)
+        if backend is not None:
+            scale = fp8.scale_of(conv) if backend == "ptx" else None
+            if scale is not None or conv.kernel_size[0] in _on_load.get():
+                statistics = _statistics(x, skip, norm, norm_silu)
+            if statistics is not None and scale is not None:
+                return _convolve_fp8(x, conv, statistics, skip, channel_bias, residual, unit, scale)
         if statistics is None:
             x, skip = normalise(x, norm, skip, norm_silu), None
-            if fp8.calibrating() and conv.out_channels % CHANNELS == 0:
-                fp8.note(conv, x.pixels)
+            fp8.note(conv, x.pixels)
     weight, bias = (conv.weight, conv.bias) if backend is None else padded(conv)
     pixels, outputs = _pad_channels(x.pixels, weight, skip), conv.out_channels
     stride, padding = conv.stride[0], int(conv.padding[0])

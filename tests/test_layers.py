@@ -73,6 +73,16 @@ def test_a_fused_autoencoder_is_the_plain_one() -> None:
             torch.testing.assert_close(autoencoder(frames), plain, rtol=1e-3, atol=1e-4)
 
 
+def test_the_networks_compile_without_a_break() -> None:
+    """torch.compile(fullgraph=True) is a peer: what chooses kernels must not be in its way."""
+    unet, args = VideoUNet(CONFIG).eval(), unet_inputs(8, 8)
+    autoencoder, frames = Autoencoder(AutoencoderConfig((8, 16, 16))), image(1, 3, 32, 24)
+    with torch.no_grad():
+        for function, inputs in ((unet, args), (autoencoder, (frames,))):
+            compiled = torch.compile(function, fullgraph=True, backend="eager")
+            torch.testing.assert_close(compiled(*inputs), function(*inputs))
+
+
 def test_units_of_the_presets() -> None:
     assert UNetConfig().sum_unit == 10
     assert CONFIG.sum_unit == 4
