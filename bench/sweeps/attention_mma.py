@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -41,49 +40,23 @@ CASES = {
 }
 LADDER_CASES = ("h8 4096x4096 d40", "h10 4096x4096 d64", "h16 8192x8192 d128")
 # Steps of kernels/cuda/attention.cu, each on top of those above it
-ONE = {"M_TILES": 1, "KEYS": 64, "RESCALE_ABOVE": 0}
+ONE = {"M_TILES": 1, "RESCALE_ABOVE": 0}
 LADDER = {
     "plain copies, rows as they are": {**ONE, "SWIZZLE": 0, "ASYNC": 0},
     "swizzled rows": {**ONE, "ASYNC": 0},
     "cp.async into two buffers": ONE,
     "32 query rows a warp": {"M_TILES": 2, "RESCALE_ABOVE": 0},
-    "32 query rows a warp, 32 keys": {"M_TILES": 2, "KEYS": 32, "RESCALE_ABOVE": 0},
-    "rescaling only where needed": {"M_TILES": 2},
-    "rescaling only where needed, 32 keys": {"M_TILES": 2, "KEYS": 32},
-    "as it is": {},
+    "as it is": {},  # rescaling only where needed; 16 rows a warp above head dimension 64
 }
 SMEM = 101376  # bytes a block may have on compute capability 8.6 and 8.9, the least of sm_80 on
+MULTIPROCESSORS = 132  # of an H200
 
 
-def tiles(n: int, m: int, d: int) -> list[Tile]:
-    """Tiles worth timing at this shape."""
-    found = [choose_tile(d)]
-    both = (0, 1)
-    if d <= 64:
-        x = 3 if d <= 48 else 2
-        found += [Tile(2, 32, 4, x, 16, f, st, 1) for st, f in product((2, 3), both)]
-        found += [Tile(2, 64, 4, 2, 16, f, st, 1) for st, f in product((2, 3), both)]
-        found += [Tile(2, 32, 4, x, 16, 0, 3, 0), Tile(2, 64, 4, 2, 16, 1, 3, 0)]
-        found += [Tile(2, 64, 8, 1, 16, f, 2, 1, 2) for f in both]
-        found += [Tile(1, 64, 4, 3, 16, f, st, 1) for st, f in product((2, 3), both)]
-    if d == 64:
-        found += [Tile(1, 64, 4, 3, 16, 0, 2, 0)]
-        found += [Tile(1, 64, 8, 1, 16, f, 2, 1, 2) for f in both]
-    if d == 80:
-        found += [Tile(1, 64, 4, 3, 16, f, 2, s) for f, s in product(both, both)]
-        found += [Tile(1, 48, 4, 3, 16, f, 3, 1) for f in both]
-        found += [Tile(1, 64, 8, 1, 16, f, 2, 1, g) for f, g in product(both, (2, 4))]
-        found += [Tile(1, 64, 4, 1, 16, 0, 2, 1, 2)]
-        found += [Tile(1, 32, 8, 1, 16, 0, st, 1, 2) for st in (2, 3)]
-    if d == 128:
-        found += [Tile(2, 32, 4, 2, kept, 1, 2, s) for kept, s in product((4, 8), both)]
-        found += [Tile(2, 32, 4, 2, kept, 0, 2, s) for kept, s in product((2, 4), both)]
-        found += [Tile(2, 16, 4, 2, 8, f, 2, 1) for f in both]
-        found += [Tile(2, 48, 4, 2, 8, 0, 2, s) for s in both]
-    if d == 160:
-        found += [Tile(1, 32, 4, 2, 16, f, st, 1) for st, f in product((2, 3), both)]
-        found += [Tile(1, 32, 8, 1, 16, f, st, 1, 2) for st, f in product((2, 3), both)]
-        found += [Tile(1, 32, 4, 1, 16, 0, st, 1, 2) for st in (2, 3)]
+def tiles(n: int, heads: int, d: int) -> list[Tile]:
+    """The chosen tile and its neighbours."""
+    found = [choose_tile(d, n, heads, MULTIPROCESSORS), Tile(1, 32), Tile(1, 64), Tile(1, 16)]
+    if d <= 128:
+        found += [Tile(2, block_n, kept) for block_n in (32, 64) for kept in (2, 4, 16)]
     return [t for t in dict.fromkeys(found) if t.smem_bytes(d) <= SMEM]
 
 
@@ -130,9 +103,9 @@ def peer(which: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Ten
 
 def contenders(name: str) -> dict[str, tuple[loader.Program, Callable[..., Tensor]]]:
     """label -> (program, function of q, k, v)."""
-    _, _, n, m, d = CASES[name]
+    b, h, n, _, d = CASES[name]
     found: dict[str, tuple[loader.Program, Callable[..., Tensor]]] = {}
-    for tile in tiles(n, m, d):
+    for tile in tiles(n, b * h, d):
         run = lambda q, k, v, tile=tile: attention_sm80(q, k, v, None, tile)  # noqa: E731
         found[str(tile)] = tile.program(d, "bf16"), run
     for step, switches in LADDER.items():
@@ -178,14 +151,16 @@ def report(name: str, us: dict[str, float], about: dict[str, tuple[int, int]]) -
     print(f"{name}: flash {us['flash']:.2f} cudnn {us['cudnn']:.2f} us", flush=True)
     ranked = sorted((x for x in about if x in us), key=us.__getitem__)
     shown = [x for x in ranked if not x.startswith("cuda")][:7]
-    shown += [x for x in (str(choose_tile(d)),) if x not in shown and x in us]
+    chosen = str(choose_tile(d, n, b * h, MULTIPROCESSORS))
+    shown += [chosen] * (chosen in us and chosen not in shown)
     shown += [x for x in about if x.startswith("cuda") and x in us]
     for label in shown:
         registers, stack_bytes = about[label]
         rate = 4 * b * h * n * m * d / us[label] / 1e6
         print(
             f"  {us[label]:8.2f} us {us[label] / us['flash']:.3f} of flash {rate:4.0f} TFLOP/s  "
-            f"{registers} registers, {stack_bytes} B stack  {label}",
+            f"{registers} registers, {stack_bytes} B stack  {label}"
+            f"{' <- chosen' * (label == chosen)}",
             flush=True,
         )
 

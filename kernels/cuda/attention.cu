@@ -37,16 +37,13 @@ using Element = ELEMENT;
 #ifndef M_TILES  // of 16 rows a warp
 #define M_TILES (HEAD_DIM <= 64 ? 2 : 1)
 #endif
-#ifndef KEYS
-#define KEYS (HEAD_DIM <= 128 ? 64 : HEAD_DIM <= 192 ? 32 : 16)
-#endif
 #ifndef RESCALE_ABOVE  // in units of the exponent; 0: at every new maximum
 #define RESCALE_ABOVE 8
 #endif
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int BLOCK_M = 16 * M_TILES * WARPS;
-constexpr int BLOCK_N = KEYS;
+constexpr int BLOCK_N = HEAD_DIM <= 128 ? 64 : HEAD_DIM <= 192 ? 32 : 16;
 constexpr int K_STEPS = (HEAD_DIM + 15) / 16;  // of Q K^T, 16 columns each, zeros past HEAD_DIM
 constexpr int PIECES = 2 * K_STEPS;            // 16-byte pieces of a row
 constexpr int CHUNKS = (PIECES + 7) / 8;       // 128-byte pieces of a row
