@@ -4,8 +4,7 @@
 
 x carries one scale, found once by `calibrate` over a clip; the weight has one for each output
 channel. Not an op of the registry: nothing chooses it for you, since its error is that of 3
-mantissa bits, about 3.7 % of an output against 0.17 % of bfloat16 (both operands rounded to
-nearest, independent errors of 2^-4 / sqrt 3 of a value at most).
+mantissa bits: 2.6 to 3.0 % of an output's norm on random inputs, against 0.17 % in bfloat16.
 """
 
 from collections.abc import Iterable
@@ -113,8 +112,8 @@ def conv2d_fp8(
         raise TypeError(f"conv2d_fp8: x must be {expected} (got {x.dtype}); {advice}")
     return conv2d_fused_sm90a(
         x, weight.values, bias, stride, padding, channel_bias, residual, skip, upsample,
-        norm=norm, unit=unit, activation=activation, scales=weight.scales * x_scale,
-        quantum=x_scale, tile=tile,
+        norm=norm, unit=unit, activation=activation, scales=weight.scales,
+        x_scale=x_scale, tile=tile,
     )  # fmt: skip
 
 

@@ -48,13 +48,13 @@ def conv2d_fused_sm90a(
     unit: int = 0,
     activation: str | None = None,
     scales: Tensor | None = None,
-    quantum: float = 1.0,
+    x_scale: float = 1.0,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See conv2d_fused.conv2d_fused; `tile` overrides the choice.
 
-    scales: float32 [O], of an e4m3 weight and an e4m3 x: what a product of theirs counts; out is
-        bfloat16. With a norm x is bfloat16, and e4m3 in units of `quantum` once normalised.
+    scales: float32 [O], of an e4m3 weight; x is e4m3 too, in units of x_scale, and out bfloat16.
+        With a norm x is bfloat16, and e4m3 once it is normalised.
 
     Raises:
         ValueError: a tile whose slices are narrower than a unit.
@@ -94,12 +94,12 @@ def conv2d_fused_sm90a(
         grid=tile.grid(*tiles),
         block=(128 * (tile.warpgroups + (2 if norm else 1)),),
         args=(
-            *maps, *((scales,) if fp8 else ()), bias, channel_bias, residual,
+            *maps, *((scales, x_scale) if fp8 else ()), bias, channel_bias, residual,
             *((sums, parts) if unit else ()), out, outputs,
             *((math.prod(tiles), *tiles[:2]) if tile.persistent else (tiles_x,) if unit else ()),
             blocks, p, q, tiles_y, padding, channels,
             *(norm_args(norm, x, skip, batch if tile.persistent else 1) if norm else ()),
-            *((1 / quantum,) if tile.quantises else ()),
+            *((1 / x_scale,) if tile.quantises else ()),
         ),
         smem_bytes=tile.layout(r, s)[1] + table_bytes,
     )  # fmt: skip
