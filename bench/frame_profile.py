@@ -21,6 +21,7 @@ FAMILIES = (
     ("copies over the bus", r"HtoD|DtoH"),
     ("attention", r"attention|fmha|flash"),
     ("normalisation", r"group_norm|layer_norm|GroupNorm|LayerNorm|RowwiseMoments"),
+    ("compiled passes", r"^triton_"),
     ("convolution", r"conv2d|conv|cudnn|implicit|nchwToNhwc|nhwcToNchw|xmma_fprop|wgrad|dgrad"),
     ("linear", r"linear|geglu|gemm|cublas|nvjet|splitK|sm90_xmma"),
     ("random numbers", r"distribution|normal|philox"),

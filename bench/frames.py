@@ -5,11 +5,15 @@ output frame: decode to the U-Net, all denoising steps and back, copies over the
 ways take turns in blocks of frames. torch-compile compiles encode, denoise and decode (fullgraph)
 and is captured in the stream's own CUDA graph, which favours it over its reduce-overhead mode; it
 is also what a one-step image-to-image pipeline of the same U-Net and a tiny autoencoder comes to.
-Ours is also timed with a frame under way (`run`): its rate, and what the host itself needs.
+cudnn-attention is ours with cuDNN's attention in the place of ours. Ours is also timed with a frame
+under way (`run`): its rate, and what the host itself needs; and the microseconds of each kernel
+family are listed for ours and for torch-compile.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mirage_hello.kernels.parity import ROUNDING, exact_float32
 from mirage_hello.model import FrameStream
@@ -28,7 +33,7 @@ from .rows import Begin, Options, Outcome
 CLIP = Path(__file__).resolve().parent.parent / "assets" / "demo.mp4"
 BLOCKS = 4  # each way runs a quarter of its frames, then the next way
 # These run one frame in so many: they are slow, and their spread is not the question.
-SHARES = {"torch-eager": 20, "cuda-graph": 4}
+SHARES = {"torch-eager": 100, "cuda-graph": 25, "torch-compile": 10, "cudnn-attention": 10}
 PARITY_FRAMES = 4
 PROFILED_FRAMES = 10
 RATE_FRAMES = 200
@@ -55,14 +60,17 @@ def frame_row(where: dict[str, str], models: Models, steps: int) -> Callable[...
         measured = {name: _percentiles(samples) for name, samples in times_us.items()}
         for name, peak_bytes in extra.pop("peak_bytes").items():
             measured[name]["peak_bytes"] = peak_bytes
+        # Ours but for one kernel: no peer to be faster than.
+        variants = {n: measured.pop(n) for n in ("cudnn-attention",) if n in measured}
         row = _row(where, measured, times_us["ours"]) | extra | {"parity": parity}
+        row["variants"] = variants
         row |= {"kernels": chosen, "clip": clip_name, "steps": steps}
         ours = streams["ours"]
         row["under_way"] = bus.pipelined(ours, played(clip, 0, RATE_FRAMES))
         if options.device == "cuda" and "profile" not in lost:
             begin("profile", MODEL_SECONDS)
             row["host_us"] = bus.host_us(ours, played(clip, 0, RATE_FRAMES))
-            row["device"] = frame_profile.profile(lambda: ours.push(clip[0]))
+            row["device"] = _device(streams, clip, row["under_way"]["us"])
             row["plan"] = {
                 "launches": len(ours.record().launches),
                 "arena_bytes": ours.plan.arena_bytes if ours.plan else 0,
@@ -146,6 +154,9 @@ def _streams(
         ways["cuda-graph"] = lambda: FrameStream(
             *models.plain, steps=steps, policy="torch", arena=False
         )
+        ways["cudnn-attention"] = lambda: FrameStream(
+            *models.plain, steps=steps, policy={"attention": "torch"}
+        )
         if with_compile:
             ways["torch-compile"] = lambda: _compiled_stream(models, steps)
     streams, peaks, extra = {}, {}, {}
@@ -153,14 +164,32 @@ def _streams(
     for name, make in ways.items():
         started = time.perf_counter()
         before = _reset_peak() if on_gpu else 0
-        streams[name] = make()
-        for frame in played(clip, 0, WARM_UP_FRAMES):
-            streams[name].push(frame)
+        forced = sdpa_kernel([SDPBackend.CUDNN_ATTENTION])
+        with forced if name == "cudnn-attention" else contextlib.nullcontext():
+            streams[name] = make()
+            for frame in played(clip, 0, WARM_UP_FRAMES):
+                streams[name].push(frame)
         if on_gpu:
             peaks[name] = torch.cuda.max_memory_allocated() - before + weights
         if name == "torch-compile":
             extra["compile_seconds"] = time.perf_counter() - started
     return streams, {**extra, "peak_bytes": peaks}
+
+
+def _device(
+    streams: dict[str, FrameStream], clip: np.ndarray, under_way_us: float
+) -> dict[str, Any]:
+    """Kernel families of ours and of torch-compile, from the profiler, which takes kernels apart
+    that overlap without it. `idle_share` is 1 - (kernels' sum without the bus) / (a frame's period
+    with another under way): what of the time the device waits where nothing watches it.
+    """
+    names = [name for name in ("ours", "torch-compile") if name in streams]
+    found: dict[str, Any] = {
+        n: frame_profile.profile(functools.partial(streams[n].push, clip[0])) for n in names
+    }
+    families = found["ours"]["families"]
+    busy_us = sum(us for family, us in families.items() if "bus" not in family)
+    return found | {"idle_share": 1 - min(busy_us / under_way_us, 1.0)}
 
 
 def _compiled_stream(models: Models, steps: int) -> FrameStream:
