@@ -109,6 +109,12 @@ def test_scores_beyond_the_lazy_maximum_run_again(tile, dtype, largest):
     assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
 
 
+@pytest.mark.parametrize("tile", [*LAZY, Tile(1, 80, 1, False, 0)])
+def test_one_key_gives_its_value_exactly(tile):
+    q, k, v = draw(70, 1, 64)
+    assert torch.equal(attention_sm90a(q, k, v, None, tile), v.expand(1, 70, 1, 64))
+
+
 @pytest.mark.parametrize("key", [0, 9, 15, 63])
 def test_one_dominating_key_walked_last(key):
     """Where its column is a polynomial's (9, 15, 63) an overflow must show in l as anywhere.

@@ -28,7 +28,7 @@ CASES = [
 ]
 
 
-def traced(text: str) -> str:
+def traced(text: str, warpgroups: int) -> str:
     """The rendered source with a parameter p_trace and a stored clock at each point."""
     text = text.replace(
         "    .param .u32 p_keys,", "    .param .u64 p_trace,\n    .param .u32 p_keys,"
@@ -46,9 +46,8 @@ def traced(text: str) -> str:
     mul.lo.u32 %t1, %t1, %blocks;
     mul.wide.u32 %tr_at, %t1, 32;
     add.u64 %p_tr, %p_tr, %tr_at;"""
-    (groups,) = re.findall(r"(\d) consumer warpgroups own", text)
     line = "ld.param.f32 %c, [p_scale_log2];"
-    text = text.replace(line, line + start.replace("WARPGROUPS", groups), 1)
+    text = text.replace(line, line + start.replace("WARPGROUPS", str(warpgroups)), 1)
     bodies = r"(?m)^LAZY_LOOP(_\d+)?:.*?%is_more bra LAZY_[^\n]*\n"
     text, count = re.subn(bodies, lambda m: stamped(m[0]), text, flags=re.DOTALL)
     if count == 0:
@@ -86,7 +85,8 @@ def stamped(body: str) -> str:
 def run(shape: tuple, tile: Tile) -> dict:
     b, h, n, m, d = shape
     q, k, v, out = (torch.randn(b, x, h, d, device="cuda").bfloat16() for x in (n, m, m, n))
-    program = loader.Program("attention.trace", traced(tile.program(d, "bf16").ptx("sm_90a")))
+    text = traced(tile.program(d, "bf16").ptx("sm_90a"), tile.warpgroups)
+    program = loader.Program("attention.trace", text)
     block_m, blocks = 64 * tile.warpgroups, -(-m // tile.block_n)
     grid = (-(-n // block_m), h, b)
     trace = torch.zeros(grid[0] * h, tile.warpgroups, blocks, 8, dtype=torch.int32, device="cuda")
