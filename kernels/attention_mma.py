@@ -1,7 +1,8 @@
 """attention on sm_80 and later: the launches of the mma.sync kernels, in CUDA C++ and in PTX."""
 
+import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,8 +13,6 @@ from mirage_hello.ptx import loader
 ELEMENT = {torch.bfloat16: ("__nv_bfloat16", "bf16"), torch.float16: ("__half", "f16")}
 MAX_GRID_YZ = 65535
 MAX_TOKEN_STRIDE = 1 << 24  # 32 MiB: a thread's part of a block is addressed in 32 bits
-
-
 WARPS = 4  # of a block of either kernel
 # Time of 64 rows as one tile of 16 a warp, of two: more reads of K and V for the same products.
 # Measured on an H200 over head dimensions 40 to 128: 1.18 to 1.27.
@@ -43,10 +42,17 @@ class Tile:
         return -(-head_dim // 64) * 128 * (self.block_m + 4 * self.block_n)
 
     def program(self, head_dim: int, kind: str) -> loader.Program:
-        sizes = {name.upper(): size for name, size in asdict(self).items()}
-        return loader.program("attention.sm80", HEAD_DIM=head_dim, dtype=kind, **sizes)
+        return loader.program(
+            "attention.sm80",
+            HEAD_DIM=head_dim,
+            dtype=kind,
+            M_TILES=self.m_tiles,
+            BLOCK_N=self.block_n,
+            Q_KEPT=self.q_kept,
+        )
 
 
+@functools.cache
 def choose_tile(head_dim: int, queries: int, heads: int, multiprocessors: int) -> Tile:
     """Two tiles of 16 rows a warp, unless the blocks of one fill the card better.
 
