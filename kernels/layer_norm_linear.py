@@ -1,11 +1,11 @@
-"""layer_norm_linear: linear(layer_norm(x)) in one pass over x, and layer_norm_geglu likewise.
+"""layer_norm_linear: linear(layer_norm(x)) without layer_norm's output, and layer_norm_geglu.
 
     W' = W diag(gamma),   s_n = sum_k W'[n, k],   b'_n = b_n + sum_k W[n, k] beta_k
     linear(layer_norm(x)) = rstd (x W'^T - mean s) + b'
 
-`fold` makes W', s and b' once for all calls; the kernel multiplies x by W', takes mean and rstd of
-its rows from the tiles of x that pass through shared memory anyway, and applies them to the
-float32 sums. layer_norm's own pass and its output are gone.
+`fold` makes W', s and b' once for all calls. A small kernel takes mean and rstd of the rows while
+the product's weights are on their way; the product multiplies x by W' and applies them to its
+float32 sums.
 
 Not ops of the registry: they take the folded weight, and folding costs more than a call.
 """
@@ -75,8 +75,8 @@ def layer_norm_linear(
     """out = linear(layer_norm(x)) + residual, the layer_norm over the last dimension.
 
     Args:
-        x: [..., K] bfloat16 or float16, contiguous; K a multiple of 64. On a CPU the kernel is
-            emulated; `layer_norm_linear_torch` is the plain form.
+        x: [..., K] bfloat16 or float16, contiguous; K a multiple of 8 up to 4096. On a CPU the
+            kernels are emulated; `layer_norm_linear_torch` is the plain form.
         folded: of `fold`; N a multiple of 8.
         residual: [..., N] or None.
         eps: added to the variance.
@@ -88,8 +88,7 @@ def layer_norm_linear(
     Raises:
         ValueError: K, N, layout or a tile that the kernel does not take.
 
-    Numerics: statistics in float32 by blocks of 64, merged by Chan's formula; products and sums in
-    float32. x W'^T and mean s cancel where |mean| is large against the spread: the error is about
+    Numerics: the mean, then squares around it, in float32; products and sums in float32. x W'^T and mean s cancel where |mean| is large against the spread: the error is about
     2^-23 |mean| / std of the result's size (docs/linear.md), below a bfloat16 rounding up to
     |mean| = 10^4 std, where bfloat16 itself can no longer hold the spread.
     """

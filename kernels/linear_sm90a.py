@@ -13,6 +13,7 @@ from mirage_hello.ptx import loader
 __all__ = ["Tile", "candidates", "choose_tile", "geglu_sm90a", "linear_sm90a", "supports"]
 
 SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "e4m3"}
+MAX_DEPTH = 4096  # of a row that a warp of row_statistics holds in registers
 WIDTHS = (32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)
 
 
@@ -49,13 +50,12 @@ def normed(
     out_scale: the output is e4m3(value / out_scale); without residual.
 
     Raises:
-        ValueError: K not a multiple of 64, or what `supports` refuses of linear.
+        ValueError: what `supports` refuses of linear, or K above MAX_DEPTH.
     """
     depth = weight.shape[1]
-    if depth % 64 or depth == 0 or x.shape[-1] != depth:
+    if not 0 < depth <= MAX_DEPTH:
         raise ValueError(
-            f"layer_norm_{op}: K must be the weight's and a multiple of 64 "
-            f"(got x {tuple(x.shape)}, weight {tuple(weight.shape)}); use layer_norm, then {op}"
+            f"layer_norm_{op}: K must be 1 to {MAX_DEPTH} (got {depth}); use layer_norm, then {op}"
         )
     _check(f"layer_norm_{op}", op, x, weight, columns, residual, 8)
     if out_scale is not None and (residual is not None or len(columns) % 32 or out_scale <= 0):
@@ -63,7 +63,23 @@ def normed(
             f"layer_norm_{op}: e4m3 output needs N a multiple of 16, no residual and a scale above "
             f"0 (got weight {tuple(weight.shape)}, scale {out_scale})"
         )
-    return _launch(op, x, weight, columns, residual, tile, (1.0 / depth, eps), out_scale)
+    return _launch(op, x, weight, columns, residual, tile, row_statistics(x, eps), out_scale)
+
+
+def row_statistics(x: Tensor, eps: float) -> Tensor:
+    """[M, 2] float32, (-mean rstd, rstd) of each row of x [..., K], rstd = 1 / sqrt(var + eps)."""
+    depth = x.shape[-1]
+    rows = x.numel() // depth
+    out = torch.empty(rows, 2, dtype=torch.float32, device=x.device)
+    if rows:
+        short = SHORT_NAME[x.dtype]
+        loader.program("row_statistics", dtype=short, CHUNKS=-(-depth // 256)).launch(
+            f"row_statistics_{short}",
+            grid=(-(-rows // 4),),
+            block=(128,),
+            args=(x, out, rows, depth // 8, 1.0 / depth, eps),
+        )
+    return out
 
 
 def scaled(
@@ -114,11 +130,12 @@ def _launch(
     vector: Tensor | None,
     residual: Tensor | None,
     tile: Tile | None,
-    statistics: tuple[float, ...] = (),
+    statistics: Tensor | None = None,
     out_scale: float | None = None,
 ) -> Tensor:
-    """`vector`: the bias, or (factor, addend) of each column; `statistics`: of layer_norm."""
-    gated, norm, fp8 = op == "geglu", bool(statistics), x.dtype == torch.float8_e4m3fn
+    """`vector`: the bias, or (factor, addend) of each column; `statistics`: of x's rows."""
+    norm = statistics is not None
+    gated, fp8 = op == "geglu", x.dtype == torch.float8_e4m3fn
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     quantised = out_scale is not None
     dtype = torch.float8_e4m3fn if quantised else torch.bfloat16 if fp8 else x.dtype
@@ -142,16 +159,17 @@ def _launch(
         loader.tensor_map(weight, (per_block, weight_rows)),
     )
     reciprocal = -(-(2**63) // tiles_x)
-    added = () if residual is None else (residual,)
+    added = tuple(t for t in (statistics, residual) if t is not None)
     short, name = SHORT_NAME[x.dtype], op + ("_norm" if norm else "")
+    scale: tuple[float, ...] = ()
     if out_scale is not None:
-        name, statistics = f"{name}_to_e4m3", (*statistics, 1.0 / out_scale)
+        name, scale = f"{name}_to_e4m3", (1.0 / out_scale,)
     options = norm or fp8, residual is not None, quantised
     program(op, tile, short, norm, *options[1:]).launch(
         f"{name}_{short}",
         grid=(tile.grid(tiles),),
         block=(tile.threads,),
-        args=(*maps, vector, *added, reciprocal, out, n, rows, blocks, tiles, tiles_x, *statistics),
+        args=(*maps, vector, *added, reciprocal, out, n, rows, blocks, tiles, tiles_x, *scale),
         smem_bytes=tile.layout(tile.stages or 1, gated, *options)["BYTES"],
     )
     return out
@@ -185,12 +203,12 @@ def choose_tile(
         op: linear or geglu.
         rows, n: of the output.
         blocks: K blocks of 128 bytes.
-        norm, fp8, quantised: of the variants, which are tuned under names of their own.
+        norm: shares its measurements with the plain op: the product is the same.
+        fp8, quantised: variants that are tuned under names of their own.
     """
     gated = op == "geglu"
-    name = (f"layer_norm_{op}" if norm else op) + ("_fp8" if fp8 else "")
     return tuning.tile_for(
-        name + ("_to_e4m3" if quantised else ""),
+        op + ("_fp8" if fp8 else "") + ("_to_e4m3" if quantised else ""),
         {"m": rows, "n": n, "blocks": blocks},
         lambda: candidates(blocks, gated, norm, quantised),
         lambda tile: tile.clocks(rows, n, blocks, gated),

@@ -27,7 +27,7 @@ class Tile:
     m_tiles: rows of a warpgroup in 64s, 1 or 2.
     pingpong: both warpgroups have tiles of their own, and one multiplies while the other stores.
         Otherwise they share a tile, 64 m_tiles rows each.
-    split: K over a cluster of so many blocks; 1 with pingpong, geglu and layer_norm.
+    split: K over a cluster of so many blocks; 1 with pingpong and geglu.
     shared: "weight" or "x": a pair of blocks with neighbouring tiles loads that operand once, half
         each for both; "": none. Not with split.
     stages: K blocks in flight, 2 to 12; None: as many as the shared memory holds.
@@ -61,8 +61,8 @@ class Tile:
         """Why the kernel does not have this tile; None if it does."""
         if self.pingpong and (self.groups != 2 or self.split != 1):
             return "pingpong needs two warpgroups and no split"
-        if self.split > 1 and (gated or norm or self.m_tiles > 1):
-            return "geglu, layer_norm and m_tiles of 2 do not split K"
+        if self.split > 1 and (gated or self.m_tiles > 1):
+            return "geglu and m_tiles of 2 do not split K"
         if self.shared and (self.split > 1 or self.shared not in ("weight", "x")):
             return 'shared is "weight" or "x", without split'
         if self.block_n % (16 if self.shared == "weight" else 8):
@@ -71,9 +71,9 @@ class Tile:
             return "block_n must be 16 to 256, whole octets for each block of the cluster"
         if quantised and self.width(gated) // self.parts(gated) % 16:
             return "strips of e4m3 must be whole 16 bytes wide"
-        # What is left of 65536 registers beside the accumulators: about 48, with statistics 70.
+        # What is left of 65536 registers beside the accumulators: about 48, with statistics 56.
         limit = REGISTERS.get(self.groups, 0)
-        needed = self.m_tiles * self.block_n // 2 + (70 if norm else 48)
+        needed = self.m_tiles * self.block_n // 2 + (56 if norm else 48)
         if needed > limit:
             return f"a thread needs about {needed} registers and may have {limit}"
         return None
