@@ -88,9 +88,10 @@ def layer_norm_linear(
     Raises:
         ValueError: K, N, layout or a tile that the kernel does not take.
 
-    Numerics: the mean, then squares around it, in float32; products and sums in float32. x W'^T and mean s cancel where |mean| is large against the spread: the error is about
-    2^-23 |mean| / std of the result's size (docs/linear.md), below a bfloat16 rounding up to
-    |mean| = 10^4 std, where bfloat16 itself can no longer hold the spread.
+    Numerics: the mean, then squares around it, in float32; products and sums in float32. x W'^T
+    and mean s cancel where |mean| is large against the spread: the error is about 2^-23 |mean| /
+    std of the result's size (docs/linear.md), below a bfloat16 rounding up to |mean| = 10^4 std,
+    where bfloat16 itself can no longer hold the spread.
     """
     return linear_sm90a.normed("linear", x, folded.weight, folded.columns, residual, eps, tile)
 
