@@ -164,7 +164,9 @@ def _streams(
     for name, make in ways.items():
         started = time.perf_counter()
         before = _reset_peak() if on_gpu else 0
-        forced = sdpa_kernel([SDPBackend.CUDNN_ATTENTION])
+        # cuDNN's wherever it takes the shape, else flash
+        backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+        forced = sdpa_kernel(backends, set_priority=True)
         with forced if name == "cudnn-attention" else contextlib.nullcontext():
             streams[name] = make()
             for frame in played(clip, 0, WARM_UP_FRAMES):
