@@ -117,8 +117,6 @@ class Bus:
         slot = self._free[-1]
         if isinstance(frame, Tensor):
             slot.host_in[0].copy_(frame)
-        elif frame.flags.c_contiguous and frame.flags.writeable:
-            slot.host_in[0].copy_(torch.from_numpy(frame))  # by several threads
         else:
             np.copyto(slot.host_in[0].numpy(), frame)
         with torch.cuda.stream(self._up):
