@@ -10,8 +10,10 @@ no reference video and no downloaded metric.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from mirage_hello.model import metrics
 from mirage_hello.model.autoencoder import Autoencoder
 from mirage_hello.model.data.city import HELD_OUT, City
+from mirage_hello.model.data.film import Film
 from mirage_hello.model.data.styles import STYLES
 from mirage_hello.model.data.worlds import Shot, WorldConfig, Worlds
 from mirage_hello.model.denoiser import Denoiser
@@ -38,7 +41,8 @@ class EvalConfig:
 
     every: measure each so many frames; burn_in: frames before the fits begin, while what only the
     given first frames held is forgotten; cut_frames: mean distance of cuts in the cut run;
-    given: true frames that the memory starts with.
+    given: true frames that the memory starts with; seconds: the long run ends when the evaluation
+    has taken so long (0: never).
     """
 
     frames: int = 1000
@@ -52,6 +56,7 @@ class EvalConfig:
     cut_run: int = 600
     given: int = 4
     history_noise: float = 0.05
+    seconds: float = 0.0
 
 
 @dataclass
@@ -113,6 +118,9 @@ class Evaluation:
         self.numbers = [list(STYLES).index(style) for style in self.names]
         self.clips = self.worlds.clips(self.seeds * len(config.styles))
 
+        self.began = time.monotonic()
+        self.films: dict[tuple[Worlds, bool, bool], Film] = {}
+
     @property
     def batch(self) -> int:
         return len(self.names)
@@ -121,8 +129,11 @@ class Evaluation:
         """Frame `frame` of every clip; without truth only the input views, and no motion."""
         if not truth and worlds is self.worlds:
             worlds = self.plain_worlds
-        clips = self.clips if clips is None else clips
-        return worlds.render(clips, [FIRST + frame] * self.batch, self.names if truth else None)
+        key = (worlds, truth, clips is None)
+        if key not in self.films:
+            names = self.names if truth else None
+            self.films[key] = Film(worlds, self.clips if clips is None else clips, names)
+        return self.films[key].frame(FIRST + frame)
 
     def rollout(self, candidate: Candidate, seed: int = 0) -> Rollout:
         config, noise = self.config, candidate.history_noise
@@ -176,7 +187,10 @@ class Evaluation:
                     keep(candidate.name, number, shot.view, now[i], shot.target)
             outputs, before = now, shot
             if number % 250 == 0:
-                say(f"frame {number}")
+                say(f"frame {number}, {time.monotonic() - self.began:.0f} s")
+            if config.seconds and measured and time.monotonic() - self.began > config.seconds:
+                say(f"time is up at frame {number}")
+                break
         return curves
 
     def cut_run(self, candidates: Sequence[Candidate]) -> list[list[int]]:
@@ -220,13 +234,14 @@ class Evaluation:
             shot = self.shot(self.worlds, start + 2 * step, compared)
             outputs = [quantised(rollout.push(shot.view)) for rollout in rollouts]
             if compared:
-                other = self.shot(self.worlds, start + 2 * step, True, self.other_dice())
+                other = self.shot(self.worlds, start + 2 * step, True, self.other_dice)
                 scale += (shot.target - other.target).abs().mean((1, 2, 3))
                 for i, (output, first) in enumerate(zip(outputs, firsts[step], strict=True)):
                     kept[i] += (output - first).abs().mean((1, 2, 3))
             firsts.setdefault(step, outputs if step < EARLY else [])
         return (1 - kept / scale.clamp_min(1e-6)).tolist()
 
+    @cached_property
     def other_dice(self) -> City:
         """The same geometry with the private dice and textures of other clips."""
         other = self.worlds.clips([s + 500 for s in self.seeds] * len(self.config.styles))
@@ -276,17 +291,9 @@ def evaluate(
     Args:
         keep: see `Evaluation.long_run`; say: told what runs.
     """
-    config, results = evaluation.config, []
+    config = evaluation.config
     say(f"{config.frames} frames, {evaluation.batch} streams, {len(candidates)} candidates")
-    for candidate, curves in zip(
-        candidates, evaluation.long_run(candidates, keep, say), strict=True
-    ):
-        found: dict[str, Any] = {"steps": candidate.steps, "remember": candidate.remember}
-        found |= summary(config, curves, evaluation.names)
-        lengths = [n for n in SHORTER if n < curves.frames[-1] + 1]
-        found["shorter"] = {str(n): excerpt(config, curves, evaluation.names, n) for n in lengths}
-        found["ceiling_db"] = evaluation.ceiling(candidate)
-        results.append(found)
+    results: list[dict[str, Any]] = [{} for _ in candidates]
     full = [i for i, c in enumerate(candidates) if not c.short]
     if full:
         chosen = [candidates[i] for i in full]
@@ -300,4 +307,12 @@ def evaluate(
         for i, values in zip(full, evaluation.persistence(chosen), strict=True):
             means = by_seed(torch.tensor(values), config.seeds)
             results[i]["persistence"] = metrics.interval(means).as_dict()
+    # The long run last: it is the part that a limit of time may shorten.
+    runs = evaluation.long_run(candidates, keep, say)
+    for candidate, curves, found in zip(candidates, runs, results, strict=True):
+        found |= {"steps": candidate.steps, "remember": candidate.remember}
+        found |= summary(config, curves, evaluation.names)
+        lengths = [n for n in SHORTER if n < curves.frames[-1] + 1]
+        found["shorter"] = {str(n): excerpt(config, curves, evaluation.names, n) for n in lengths}
+        found["ceiling_db"] = evaluation.ceiling(candidate)
     return results

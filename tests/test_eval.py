@@ -225,7 +225,7 @@ def test_other_dice_change_the_truth_and_not_the_view():
     config = ev.EvalConfig(seeds=1, styles=("neon_city",), size=32, supersample=1)
     evaluation = ev.Evaluation(config, torch.device("cpu"))
     a = evaluation.shot(evaluation.worlds, 3, True)
-    b = evaluation.shot(evaluation.worlds, 3, True, evaluation.other_dice())
+    b = evaluation.shot(evaluation.worlds, 3, True, evaluation.other_dice)
     assert torch.equal(a.view, b.view) and (a.target - b.target).abs().mean() > 0.02
 
 

@@ -64,7 +64,7 @@ class Shot:
 
 
 class Worlds:
-    """The renderer; it keeps nothing but its configuration."""
+    """The renderer; it keeps its configuration and the row numbers of mixed batches."""
 
     def __init__(self, config: WorldConfig, device: str | torch.device = "cpu"):
         if config.view not in VIEWS:
@@ -72,6 +72,7 @@ class Worlds:
             raise ValueError(f"worlds: unknown view {config.view!r}; known views: {known}")
         self.config = config
         self.device = torch.device(device)
+        self.kept_rows: dict[tuple[int, ...], Tensor] = {}
 
     def clips(self, seeds: Sequence[int] | Tensor) -> City:
         """The worlds of these seeds (int [B]): build once, render many frames."""
@@ -121,7 +122,7 @@ class Worlds:
             if len(chosen) == batch:
                 target = STYLES[style](look, surface)
                 break
-            rows = torch.tensor(chosen).to(self.device)
+            rows = self.rows(tuple(chosen))
             part = take(look, rows)
             target[rows] = STYLES[style](part, surface_of(part))
         motion, before, cut = self.motion(look, clips, frames, camera)
@@ -135,6 +136,12 @@ class Worlds:
             before[..., step // 2 :: step, step // 2 :: step],
             cut,
         )
+
+    def rows(self, numbers: tuple[int, ...]) -> Tensor:
+        """Indices on the device, copied there once: a captured frame must not wait for a copy."""
+        if numbers not in self.kept_rows:
+            self.kept_rows[numbers] = torch.tensor(numbers).to(self.device)
+        return self.kept_rows[numbers]
 
     def pixels(self, colour: Tensor, height: int, width: int) -> Tensor:
         """Display colours [B, 3, N] of all rays to pixels [B, 3, H, W] in [-1, 1]."""
