@@ -57,8 +57,13 @@ def conv2d_fused_sm90a(
         With a norm x is bfloat16, and e4m3 once it is normalised.
 
     Raises:
-        ValueError: a tile whose slices are narrower than a unit.
+        ValueError: a tile whose slices are narrower than a unit; a norm with another stride than 1.
     """
+    if norm is not None and stride != 1:
+        raise ValueError(
+            f"conv2d_fused: a norm reads patches, which need stride 1 (got {stride}); normalise in a "
+            "pass of its own"
+        )
     fp8, dtype = scales is not None, torch.bfloat16 if scales is not None else x.dtype
     (batch, channels, height, width), (outputs, _, r, s) = x.shape, weight.shape
     up = 2 if upsample else 1

@@ -243,6 +243,12 @@ def test_refusals(change, reason):
         page.conv2d_fused(**values)
 
 
+def test_a_norm_needs_stride_1():
+    x = draw(1, 40, 4, 4)
+    with pytest.raises(ValueError, match="need stride 1"):
+        page.conv2d_fused(x, draw(8, 40, 3, 3), None, 2, 1, norm=norm_of(x, 4))
+
+
 def test_sums_that_do_not_fit_the_groups_are_an_error():
     x, norm = draw(1, 40, 4, 4), draw(40)
     sums = page.sums_torch(x, 20)
