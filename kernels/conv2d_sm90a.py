@@ -61,8 +61,8 @@ def conv2d_fused_sm90a(
     """
     if norm is not None and stride != 1:
         raise ValueError(
-            f"conv2d_fused: a norm reads patches, which need stride 1 (got {stride}); normalise in a "
-            "pass of its own"
+            f"conv2d_fused: a norm reads patches, which need stride 1 (got {stride}); normalise in "
+            "a pass of its own"
         )
     fp8, dtype = scales is not None, torch.bfloat16 if scales is not None else x.dtype
     (batch, channels, height, width), (outputs, _, r, s) = x.shape, weight.shape
