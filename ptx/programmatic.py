@@ -7,6 +7,10 @@ hands out no function handle, so such a kernel is loaded and launched by the dri
 torch's primary context and on torch's own stream. While that stream is being captured, the driver
 records the attribute as a programmatic edge from the kernel before it (a full edge from anything
 else), because both stand on one stream.
+
+Only captured launches overlap. Convolution and linear layers read their weights before they wait,
+which is right where no kernel of the graph writes weights; outside a graph a kernel just before may
+have written them (a merged LoRA), and there the host, not the device, is what a launch waits for.
 """
 
 from __future__ import annotations
@@ -109,8 +113,9 @@ class Function:
             _BUFFER_POINTER, ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p),
             _BUFFER_SIZE, ctypes.addressof(size), _BUFFER_END,
         )  # fmt: skip
+        overlap = _overlap and torch.cuda.is_current_stream_capturing()
         attribute = ctypes.addressof(_ATTRIBUTE)
-        config = _Config(*grid, *block, smem_bytes, stream.cuda_stream, attribute, int(_overlap))
+        config = _Config(*grid, *block, smem_bytes, stream.cuda_stream, attribute, int(overlap))
         launch = _driver().cuLaunchKernelEx
         code = launch(ctypes.byref(config), self._handle, None, extra)
         if code == _INVALID_CONTEXT:  # a thread in which torch has done nothing yet
