@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mirage_hello.kernels import Kernel, ops
+from mirage_hello.model import shipped
 from mirage_hello.tools import cli, demo, install_cuda
 from mirage_hello.tools.video_reader import Frame
 from mirage_hello.tools.video_writer import VideoWriter
@@ -130,12 +131,13 @@ def test_run_json(mirage, clip):
     result = json.loads(out)
     assert code == 0
     assert (result["frames"], result["width"], result["height"]) == (3, 32, 24)
-    assert result["trained"] is False and result["interrupted"] is False
+    assert result["trained"] is ("tiny" in shipped.names()) and result["interrupted"] is False
     assert result["frame_ms"]["p50"] <= result["frame_ms"]["p99"]
     assert result["output"] == str(out_path) and out_path.exists()
 
 
-def test_run_says_plainly_that_untrained_weights_mean_nothing(mirage, clip):
+def test_run_says_plainly_that_untrained_weights_mean_nothing(mirage, clip, monkeypatch, tmp_path):
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "none")
     code, out, err = mirage(
         "run", clip, "-o", clip.with_name("o.mp4"), "--preset", "tiny", "--device", "cpu"
     )

@@ -6,6 +6,7 @@ from training_driver import add_minute_model
 
 from mirage_hello.model import checkpoint, shipped
 from mirage_hello.model.presets import PRESETS, build
+from mirage_hello.model.stream import FrameStream
 from mirage_hello.tools.errors import BadInput
 from mirage_hello.tools.run import style_tokens
 
@@ -55,3 +56,30 @@ def test_styles_by_name_number_and_mixture(weights):
                           ("clai", "clay"), ("clay+99", "0 to 7")):  # fmt: skip
         with pytest.raises(BadInput, match=message):
             style_tokens(text, unet)
+
+
+def test_style_switches_live_and_mixes_between_two():
+    """From the next frame on, in one stream; a mixture follows its share."""
+    add_minute_model()
+    denoiser, autoencoder = build("minute", 5)
+    PRESETS.pop("minute")
+    drawn = torch.Generator().manual_seed(0)
+    frame = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=drawn)
+
+    def second_frame(tokens: torch.Tensor | None) -> torch.Tensor:
+        stream = FrameStream(denoiser, autoencoder, steps=2, seed=1)
+        stream.push(frame)
+        if tokens is not None:
+            stream.set_context(tokens)
+        return torch.as_tensor(stream.push(frame)).float()
+
+    start, end = second_frame(None), second_frame(denoiser.unet.style(4))
+    assert not torch.equal(start, end)
+    assert torch.equal(second_frame(denoiser.unet.style(0)), start)  # the default style
+
+    def off(share: float) -> float:
+        tokens = style_tokens(f"neon_city:{1 - share}+clay:{share}", denoiser.unet)
+        return float((second_frame(tokens) - start).abs().mean())
+
+    whole = float((end - start).abs().mean())
+    assert off(0.02) < 0.3 * whole and off(0.98) == pytest.approx(whole, rel=0.3)
