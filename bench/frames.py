@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,12 +90,15 @@ def frame_row(where: dict[str, str], models: Models, steps: int) -> Callable[...
 def read_clip(options: Options) -> tuple[np.ndarray, str]:
     """The frames to push, uint8 [F, H, W, 3] at the size asked for, and where they are from.
 
-    A video by PyAV, or a .npy file of frames. A clip shorter than the run is played to and fro.
+    A video by PyAV, or a .npy file of frames; where PyAV is missing and no clip is named, a drawn
+    one. A clip shorter than the run is played to and fro.
     """
     path = Path(options.clip) if options.clip else CLIP
     height, width = options.size
     if path.suffix == ".npy":
         frames = np.load(path)[: options.frames]
+    elif not options.clip and importlib.util.find_spec("av") is None:
+        frames, path = _drawn(height, width, min(options.frames, 64)), Path("drawn pattern")
     else:
         import av
 
@@ -108,6 +112,15 @@ def read_clip(options: Options) -> tuple[np.ndarray, str]:
         expected = f"[F, {height}, {width}, 3] uint8"
         raise ValueError(f"{path}: expected {expected} (got {frames.shape} {frames.dtype})")
     return frames, f"{path.name}, {len(frames)} frames"
+
+
+def _drawn(height: int, width: int, count: int) -> np.ndarray:
+    """A drifting pattern with a little noise, uint8 [count, H, W, 3]."""
+    draw = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width]
+    frames = (np.stack([x + 9 * i, y + 5 * i, x + y], -1) / 3 % 256 for i in range(count))
+    noisy = [frame + draw.normal(0, 4, frame.shape) for frame in frames]
+    return np.stack([frame.clip(0, 255).astype(np.uint8) for frame in noisy])
 
 
 def played(clip: np.ndarray, first: int, count: int) -> Iterator[np.ndarray]:

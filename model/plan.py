@@ -13,6 +13,7 @@ stream, so a buffer is free for the next kernel as soon as the last one that rea
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import threading
 import weakref
@@ -29,6 +30,9 @@ from mirage_hello.ptx import loader
 
 ALIGNMENT = 512  # bytes: what torch's own allocator aligns to
 MIB = 2**20
+# What one plan does before its capture (it frees torch's cache, it waits for the device) would
+# break the capture of another.
+_one_at_a_time = threading.RLock()
 _ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -143,10 +147,15 @@ class Plan:
         self.graph: torch.cuda.CUDAGraph | None = None
         self._arena: Tensor | None = None
         self.record = Record()
-        with torch.no_grad(), _side_stream(device):
+        with _one_at_a_time, torch.no_grad():
+            self._build(modules or {}, graph, arena)
+
+    def _build(self, modules: Mapping[str, nn.Module], graph: bool | None, arena: bool) -> None:
+        function, device = self._function, self._device
+        with _side_stream(device):
             function()  # builds kernels, lets libraries choose, fills caches: no part of the plan
             if arena:
-                self.record = recorded(function, device, modules or {})
+                self.record = recorded(function, device, modules)
             else:
                 function()
         self.launches = self.record.launches
@@ -170,7 +179,7 @@ class Plan:
         graph = torch.cuda.CUDAGraph()
         # thread_local: another stream's thread may go on allocating meanwhile.
         capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
-        with torch.no_grad(), capture, self._served():
+        with torch.no_grad(), capture, _nothing_collected(), self._served():
             self._function()
         self.graph = graph
 
@@ -303,6 +312,19 @@ class _Path:
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
         if threading.get_ident() == self._thread and module in self._names:
             self._stack.pop()
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """No garbage collection within the block: the end of an old graph or of pinned memory, in the
+    thread that captures, would end the capture too."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

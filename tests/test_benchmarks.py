@@ -90,6 +90,12 @@ class TestModelRows:
         clip, name = frames.read_clip(Options(size=(64, 96), frames=12))
         assert clip.shape == (12, 64, 96, 3) and clip.dtype == np.uint8 and "12 frames" in name
 
+    def test_without_a_video_reader_a_clip_is_drawn(self, monkeypatch):
+        monkeypatch.setattr(frames.importlib.util, "find_spec", lambda name: None)
+        clip, name = frames.read_clip(Options(size=(32, 48), frames=5))
+        assert clip.shape == (5, 32, 48, 3) and name == "drawn pattern, 5 frames"
+        assert (clip[0] != clip[1]).mean() > 0.5
+
     def test_a_clip_of_another_size_is_refused(self, tmp_path):
         np.save(tmp_path / "clip.npy", np.zeros((2, 8, 8, 3), np.uint8))
         with pytest.raises(ValueError, match="expected"):
