@@ -3,7 +3,7 @@
     out = softmax_m(scale (q_scale q) . (k_scale k)) @ (v_scale v)
 
 Not an op of the registry: nothing chooses it for you, since its error is that of 3 mantissa bits.
-Scores and sums are float32; probabilities are rounded to e4m3 at up to 256 of its 448.
+Row sums are float32; probabilities are rounded to e4m3 at up to 256 of its 448.
 """
 
 from dataclasses import dataclass
@@ -21,37 +21,22 @@ LARGEST = 448.0  # finite value of e4m3
 
 @dataclass(frozen=True)
 class Tile:
-    """64 * warpgroups queries by block_n keys, `stages` key blocks in flight.
+    """64 * warpgroups queries by block_n keys (a multiple of 32), `stages` key blocks in flight.
 
-    maximum: "exact", "conditional" or "lazy"; see the header of the source.
-    headroom: powers of two by which a score may exceed the maximum in force.
-    ping_pong: the warpgroups take turns at issuing products, each passing on when its own are
-        issued ("issue") or its scores are there ("scores"); "": they do not.
-    poly: how many of every 8 exponentials run as polynomials on the FMA units.
-    q_registers: Q is read from registers, not from shared memory, by its products.
-    v_turned: V is turned by a kernel before this one, not for each block of queries.
     promote: key blocks whose P V wgmma's short accumulator sums before float32 does; 0: all.
     sums_in_shared: those float32 sums, instead of a second set of registers.
-    ahead: the scores of the next block are computed under the exponentials of this one.
     """
 
     warpgroups: int
     block_n: int
     stages: int
-    maximum: str = "conditional"
-    headroom: int = 4
-    ping_pong: str = ""
-    poly: int = 0
-    q_registers: bool = False
-    v_turned: bool = False
     promote: int = 1
     sums_in_shared: bool = False
-    ahead: bool = False
 
     def smem_bytes(self, head_dim: int) -> int:
-        """Q rows, as wide as the bfloat16 output; K, V^T and V of each stage; barriers."""
+        """Q rows, as wide as the bfloat16 output; K, V and V^T of each stage; sums; barriers."""
         rows = -(-head_dim // 64) * 64 * self.warpgroups
-        stage = (1 if self.v_turned else 2) * self.block_n + -(-self.block_n // 128) * head_dim
+        stage = 2 * self.block_n + -(-self.block_n // 128) * head_dim
         sums = 64 * self.warpgroups * head_dim * 4 if self.promote and self.sums_in_shared else 0
         return (rows + self.stages * stage) * 128 + sums + 8 + 48 * self.stages
 
@@ -62,15 +47,8 @@ class Tile:
             WARPGROUPS=self.warpgroups,
             BLOCK_N=self.block_n,
             STAGES=self.stages,
-            MAXIMUM=self.maximum,
-            HEADROOM=self.headroom,
-            PING_PONG=self.ping_pong,
-            POLY=self.poly,
-            Q_REGISTERS=self.q_registers,
-            V_TURNED=self.v_turned,
             PROMOTE=self.promote,
             SUMS_IN_SHARED=self.sums_in_shared,
-            AHEAD=self.ahead,
         )
 
 
@@ -119,6 +97,7 @@ def attention_fp8(
         k, v: [B, M, H, D] float8_e4m3fn, the same.
         q_scale, k_scale, v_scale: [H] float32, above 0.
         scale: factor on the scores, above 0; default D**-0.5.
+        tile: overrides the choice.
 
     Returns:
         [B, N, H, D] bfloat16, contiguous. M = 0 gives zeros.
@@ -126,7 +105,8 @@ def attention_fp8(
     Raises:
         TypeError: another dtype. ValueError: shapes, strides or scale that the kernel cannot take.
 
-    Numerics: fp8 products in wgmma's short accumulator, row sums in float32.
+    Numerics: scores in wgmma's accumulator of about 14 bits; p v in it over some blocks of keys
+        (`Tile.promote`) and in float32 beyond; p has 3 mantissa bits; row sums in float32.
     """
     _check(q, k, v, q_scale, k_scale, v_scale, scale)
     b, n, h, d = q.shape
@@ -137,8 +117,8 @@ def attention_fp8(
     _, scale_log2 = attention_mma.positive_scale(q, scale)
     tile = tile or choose_tile(b * h, n, m, d)
     block_m, block_n = 64 * tile.warpgroups, tile.block_n
-    v_map = _turned(turn_keys(v)) if tile.v_turned else _heads(v, 128, block_n)
-    maps = (_heads(q, 128, block_m), _heads(k, 128, block_n), v_map, _heads(out, 64, 64))
+    k_map, v_map = _heads(k, 128, block_n), _heads(v, 128, block_n)
+    maps = (_heads(q, 128, block_m), k_map, v_map, _heads(out, 64, 64))
     tile.program(d).launch(
         "attention_fp8",
         grid=(-(-n // block_m), h, b),
@@ -158,35 +138,6 @@ def choose_tile(heads: int, n: int, m: int, d: int) -> Tile:
     if blocks(3) >= 96:
         return Tile(3, 96, 3) if d <= 64 else Tile(3, 96, 2, promote=4, sums_in_shared=True)
     return Tile(2 if blocks(2) >= 96 else 1, 128, 3)
-
-
-def turn_keys(v: Tensor) -> Tensor:
-    """[B, M, H, D] as V^T [B, H, D, M'], M' the next multiple of 128, zeros after the last key.
-
-    Each 16 keys lie in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15, in which the threads of
-    wgmma hold scores.
-    """
-    b, m, h, d = v.shape
-    out = torch.empty(b, h, d, -(-m // 128) * 128, dtype=E4M3, device=v.device)
-    maps = (_heads(v, 128, 128), _turned(out))
-    program = loader.program("turn_keys.sm90a", HEAD_DIM=d)
-    program.launch("turn_keys", (out.shape[3] // 128, h, b), (128,), maps, 128 * (128 + d) + 8)
-    return out
-
-
-def turn_keys_torch(v: Tensor) -> Tensor:
-    """What `turn_keys` computes."""
-    b, m, h, d = v.shape
-    padded = torch.zeros(b, h, d, -(-m // 128) * 128, dtype=torch.uint8, device=v.device)
-    padded[..., :m] = v.view(torch.uint8).permute(0, 2, 3, 1)
-    pairs = padded.view(b, h, d, -1, 2, 4, 2)  # key = 8 i + 2 j + e: [i, j, e] -> [j, i, e]
-    return pairs.transpose(4, 5).reshape(padded.shape).view(E4M3)
-
-
-def _turned(t: Tensor) -> loader.TensorMap:
-    """[B, H, D, M'] as {M', D, H, B}, boxes of 128 keys of one head."""
-    b, h, d, m = t.shape
-    return loader.tensor_map(t, (128, d, 1, 1), dims=(m, d, h, b), strides=(m, d * m, h * d * m))
 
 
 def _heads(t: Tensor, columns: int, rows: int) -> loader.TensorMap:

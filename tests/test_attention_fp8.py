@@ -14,8 +14,6 @@ from mirage_hello.kernels.attention_fp8 import (
     choose_tile,
     quantize,
     reference,
-    turn_keys,
-    turn_keys_torch,
 )
 from mirage_hello.ptx import assembler
 
@@ -25,16 +23,13 @@ ALLOWED = 0.04
 
 
 TILES = [
-    Tile(1, 128, 2, "exact", 1),
-    Tile(2, 128, 3, ping_pong="scores"),
-    Tile(2, 160, 2, poly=2, promote=0),
-    Tile(3, 96, 3, ping_pong="issue", promote=0),
-    Tile(2, 96, 2, q_registers=True, promote=2),
+    Tile(1, 128, 2),
+    Tile(2, 128, 3),
+    Tile(2, 160, 2, promote=0),
+    Tile(2, 224, 2, promote=0),
+    Tile(3, 96, 3, promote=0),
+    Tile(2, 96, 2, promote=2),
     Tile(3, 96, 2, promote=2, sums_in_shared=True),
-    Tile(2, 96, 3, promote=3, sums_in_shared=True, ahead=True, poly=1),
-    Tile(2, 128, 2, "lazy", promote=0),
-    Tile(3, 64, 2, "lazy", 3, "scores", 1, promote=0),
-    Tile(2, 224, 2, v_turned=True, promote=0),
 ]
 
 
@@ -61,6 +56,17 @@ def assert_right(out, args, scale=None):
 def test_in_the_emulator(queries, keys, heads, head_dim):
     args = inputs(1, queries, keys, heads, head_dim)
     assert_right(attention_fp8(*args), args)
+
+
+@pytest.mark.parametrize(("promote", "allowed"), [(1, 0.003), (4, 0.006)])
+def test_promotion_keeps_what_the_short_accumulator_cuts_off(promote, allowed):
+    """2048 keys and V of mean 1: without promotion 2.3 % are lost, 10 % at 8192."""
+    parts = [quantize(torch.randn(1, n, 1, 64)) for n in (64, 2048)]
+    parts.append(quantize(torch.randn(1, 2048, 1, 64) + 1))
+    args = [t for t, _ in parts] + [s for _, s in parts]
+    truth = reference(*args)
+    out = attention_fp8(*args, tile=Tile(1, 128, 2, promote))
+    assert (out.double() - truth).norm() < allowed * truth.norm()
 
 
 def test_scales_of_heads_and_scores():
@@ -105,7 +111,7 @@ def test_chosen_tiles(heads, length, head_dim, device):
     assert_right(attention_fp8(*args, tile=tile), args)
 
 
-@pytest.mark.parametrize("tile", TILES[1:6], ids=str)
+@pytest.mark.parametrize("tile", TILES[:2], ids=str)
 def test_scores_below_zero_in_the_emulator(tile):
     """Maxima are compared as integers, in whose order negative numbers are not."""
     q, k, v = (torch.randn(1, n, 1, 64) for n in (40, 600, 600))
@@ -113,19 +119,6 @@ def test_scores_below_zero_in_the_emulator(tile):
     parts = [quantize(t) for t in (q.abs(), k, v)]
     args = [t for t, _ in parts] + [s for _, s in parts]
     assert_right(attention_fp8(*args, tile=tile), args)
-
-
-@pytest.mark.parametrize(("keys", "head_dim"), [(1, 16), (130, 48), (256, 80), (300, 128)])
-def test_turned_keys_lie_as_a_thread_holds_scores(keys, head_dim, device):
-    v = quantize(torch.randn(2, keys, 3, head_dim, device=device))[0]
-    turned = turn_keys(v)
-    assert turned.shape == (2, 3, head_dim, -(-keys // 128) * 128)
-    assert torch.equal(turned.view(torch.uint8), turn_keys_torch(v).view(torch.uint8))
-    if keys > 16:
-        order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
-        expected = v[1, order, 2, 5].float()
-        assert torch.equal(turned[1, 2, 5, :16].float(), expected)
-    assert turned[..., keys // 16 * 16 + 16 :].float().eq(0).all()
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -160,13 +153,9 @@ def test_exponentials_run_under_the_second_product(tile, tmp_path):
     done = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True)
     events = re.findall(r"DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|QGMMA", done.stdout)
     order = "".join({"MUFU.EX2": "e", "QGMMA": "Q"}.get(x, x[-1]) for x in events)
-    first_wait = "Q" if tile.ahead else "1"
-    loops = re.findall(first_wait + r"(e+)0([^Q]*)", order)
-    assert len(loops) == (3 if tile.ahead else 2 if tile.maximum == "lazy" else 1), order
-    polynomials = tile.poly * tile.block_n // 16
-    for before, after in loops:
-        assert len(before) >= tile.block_n // 2 - polynomials, order
-        assert "e" not in after, order
+    ((before, after),) = re.findall(r"1(e+)0([^Q]*)", order)
+    assert len(before) >= tile.block_n // 2, order
+    assert "e" not in after, order
 
 
 @pytest.mark.parametrize(

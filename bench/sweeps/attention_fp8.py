@@ -17,8 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mirage_hello.bench import harness
 from mirage_hello.bench.sweeps import runner
-from mirage_hello.kernels import attention_fp8 as kernel
-from mirage_hello.kernels.attention_fp8 import Tile, attention_fp8, quantize
+from mirage_hello.kernels.attention_fp8 import Tile, attention_fp8, quantize, reference
 from mirage_hello.kernels.attention_sm90a import attention_sm90a
 from mirage_hello.reference import attention
 
@@ -35,27 +34,12 @@ CASES = {
 
 
 def tiles(d: int) -> list[Tile]:
-    """Tiles worth timing, by what the first sweep said; those sure to run come first."""
-    if d == 128:
-        sums = Tile(3, 96, 2, promote=4, sums_in_shared=True)
-        short = [Tile(3, 96, 3), Tile(2, 192, 2), Tile(2, 224, 2)]
-        short = [replace(t, promote=0) for t in short]
-        base = [sums, Tile(2, 128, 3, promote=4), *short]
-        turns = [replace(t, ping_pong="scores") for t in base]
-        wide = [Tile(2, n, 2, promote=4, sums_in_shared=True) for n in (160, 192)]
-        turned = [sums, turns[0], short[1], turns[3], *wide]
-        turned += [replace(t, ping_pong="scores") for t in wide]
-        found = [*base, Tile(2, 128, 3), *turns]
-        found += [replace(t, poly=1) for t in (sums, turns[0], turns[3])]
-        found += [replace(t, v_turned=True) for t in turned]
-        ahead = Tile(2, 96, 3, promote=4, sums_in_shared=True, ahead=True)
-        found += [ahead, replace(ahead, v_turned=True), replace(ahead, promote=0)]
-    elif d == 64:
-        base = [Tile(3, 96, 3), Tile(3, 96, 3, promote=4), Tile(2, 192, 2)]
-        base += [Tile(3, 128, 3, promote=4, sums_in_shared=True)]
-        found = [replace(t, ping_pong=p) for t in base for p in ("", "scores")]
-    else:
-        found = [Tile(1, 128, 3), Tile(1, 96, 3), Tile(1, 192, 2), Tile(2, 128, 3), Tile(1, 64, 4)]
+    """Tiles worth timing; docs/attention.md says what was found."""
+    tall = Tile(3, 96, 2, promote=4, sums_in_shared=True)
+    found = [tall, Tile(3, 96, 3), Tile(2, 128, 3), Tile(2, 128, 3, promote=4), Tile(1, 128, 3)]
+    short = [Tile(3, 96, 3), *(Tile(2, n, 2) for n in (128, 160, 192, 224))]
+    found += [replace(t, promote=0) for t in short]
+    found = [t for t in found if d <= 64 or t != Tile(3, 96, 3)]  # registers
     return [t for t in found if t.smem_bytes(d) <= SMEM]
 
 
@@ -86,7 +70,7 @@ def errors(run: Callable, kind: str, shape: tuple) -> tuple[float, float]:
         return torch.cat([x[:, :384], x[:, max(384, n - 96) :]], 1)
 
     out = pick(run(q, k, v, qs, ks, vs))
-    dequantised = kernel.reference(pick(q), k, v, qs, ks, vs)
+    dequantised = reference(pick(q), k, v, qs, ks, vs)
     exact = attention(pick(wide[0]).double(), wide[1].double(), wide[2].double())
     return error(out, dequantised), error(out, exact)
 
@@ -99,7 +83,6 @@ def run_case(name: str) -> dict:
         list(pool.map(lambda t: t.program(d).compile("sm_90a"), found))
     wide = draw("normal", shape)
     (q, qs), (k, ks), (v, vs) = (quantize(t) for t in wide)
-    turn_keys, turned = kernel.turn_keys, kernel.turn_keys(v)
     q16, k16, v16 = (t.bfloat16() for t in wide)
 
     def cudnn() -> Tensor:
@@ -126,16 +109,13 @@ def run_case(name: str) -> dict:
 
     print(f"{name}: tflops, us, of our bf16; errors (dequantised, exact)", flush=True)
     time("cudnn bf16", cudnn)
-    time("turn_keys", lambda: turn_keys(v))
     measured = {}
     for tile in found:
         call = functools.partial(attention_fp8, tile=tile)
         measured[str(tile)] = e = {kind: errors(call, kind, shape) for kind in KINDS}
         said = ", ".join(f"{kind} {one:.4f} {two:.4f}" for kind, (one, two) in e.items())
         if all(e[kind][0] < ALLOWED for kind in KINDS[: 3 if tile.promote else 2]):
-            kernel.turn_keys = lambda v: turned  # which is timed apart
             time(str(tile), functools.partial(call, q, k, v, qs, ks, vs), said)
-            kernel.turn_keys = turn_keys
         else:
             print(f"{name} {tile} wrong: {said}", flush=True)
     return {"case": name, "time_us": times, "errors": measured}
