@@ -13,7 +13,8 @@
 //      bank conflicts
 //   3. ASYNC: cp.async, which zero-fills what lies outside: padding and ragged edges cost no branch
 //   4. RING stages instead of 2: three loads are in flight while one is multiplied
-//   5. BLOCK_N 128, a warp has 64 x 64 in place of 32 x 64: a product reads 2/3 of the bytes
+//   5. BLOCK_N 128, a warp has 64 x 64 in place of 32 x 64: a product reads 2/3 of the bytes. Pays
+//      for deep products of many tiles alone: two blocks a multiprocessor, where 64 has three
 //   6. h and gate of one column in one thread: the gate never leaves its registers
 // Bound by: shared memory at BLOCK_N 64. In clocks of a multiprocessor for 16 of K: 4 warps x 6
 // ldmatrix of 512 B at 128 B a clock, 96, and 6 KB of cp.async, 48: 144, where the products take 103
