@@ -130,10 +130,13 @@ def load(path: Path) -> Run:
 def load_folder(folder: Path) -> tuple[list[Run], list[str]]:
     """Every run below a folder, oldest first, and a sentence for each file left out.
 
+    A folder `eval` holds what `mirage eval` measured, which is none of these.
+
     Each run gets meta["file"], its path below the folder.
     """
     runs, problems = [], []
-    for path in sorted(folder.rglob("*.json")):
+    own = (p for p in folder.rglob("*.json") if "eval" not in p.relative_to(folder).parts)
+    for path in sorted(own):
         try:
             run = load(path)
         except BadResults as error:

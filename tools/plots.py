@@ -155,7 +155,7 @@ def _bars(
         ]
         _heading(figure, axes, title, caption)
         figure.legend(
-            handles=handles, loc="outside lower center", ncols=max(1, len(handles)), fontsize=9
+            handles=handles, loc="outside lower center", ncols=min(5, len(handles) or 1), fontsize=9
         )
     return figure
 

@@ -101,8 +101,12 @@ def _figures(
     rows: Sequence[Row], runs: Sequence[run_file.Run], folder: Path, prefix: str
 ) -> list[Figure]:
     meta = runs[-1]["meta"]
-    caption = f"{meta['gpu']}, commit {meta['commit']}, {meta['date'][:10]}"
     hot = [row for row in rows if row.get("cache", "hot") == "hot"]
+
+    def caption(drawn: Sequence[Row]) -> str:
+        """The machine, and the commits that the rows are of."""
+        commits = ", ".join(dict.fromkeys(row["run"]["commit"] for row in drawn))
+        return f"{meta['gpu']}, commit {commits}, {meta['date'][:10]}, hot"
 
     def figure(name: str, title: str, drawn: Any, *tables: dict[str, Any]) -> Figure:
         svg = plots.save(drawn, folder, prefix + name)
@@ -111,17 +115,17 @@ def _figures(
     made = []
     if any(row["op"] == "frame" for row in rows):
         table = {"title": "", "table": report_tables.frames(rows)}
-        drawn = plots.frame_times(rows, caption)
+        drawn = plots.frame_times(rows, caption([r for r in rows if r["op"] == "frame"]))
         made.append(figure("frame", "Time of a frame", drawn, table))
     if hot:
-        drawn = plots.speedup_overview(hot, f"{caption}, hot")
+        drawn = plots.speedup_overview(hot, caption(hot))
         made.append(figure("speedup", "Speedup", drawn))
     limits = next((r["meta"]["ceilings"] for r in reversed(runs) if "ceilings" in r["meta"]), None)
     if limits and any(row.get("flops") for row in hot):
-        drawn = plots.roofline(hot, limits, f"{caption}, hot")
+        drawn = plots.roofline(hot, limits, caption(hot))
         made.append(figure("roofline", "Roofline", drawn))
     for op in dict.fromkeys(row["op"] for row in hot if row["op"] != "frame"):
-        drawn = plots.speedup_of_op(hot, op, f"{caption}, hot")
+        drawn = plots.speedup_of_op(hot, op, caption([r for r in hot if r["op"] == op]))
         made.append(figure(f"speedup-{op}", op, drawn, *_tables(rows, op)))
     return made
 
