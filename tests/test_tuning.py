@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,17 @@ from mirage_hello.bench import model_calls, tune
 from mirage_hello.bench.case import Case
 from mirage_hello.bench.harness import Timing
 from mirage_hello.bench.rows import Options
-from mirage_hello.kernels import Kernel, backends, explain, forget_choices, ops, tuning, use
+from mirage_hello.kernels import (
+    Kernel,
+    backends,
+    conv2d_tiles,
+    explain,
+    forget_choices,
+    linear_sm90a,
+    ops,
+    tuning,
+    use,
+)
 from mirage_hello.tools import cli
 from mirage_hello.tools.explain import as_dict
 
@@ -306,3 +317,27 @@ def test_bad_arguments_of_tune(arguments, text, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert cli.main(["tune", *arguments]) == 2
     assert text in capsys.readouterr().err
+
+
+SHIPPED = sorted(Path(tuning.__file__).parent.glob("choices/*-tiles.json"))
+
+
+def asked(op, key):
+    """Ask for a stored key through the kernel's own choose_tile."""
+    numbers = {name: int(value) for name, value in (part.split("=") for part in key.split())}
+    if op.startswith("conv2d"):
+        return conv2d_tiles.choose_tile(**numbers, fp8="fp8" in op)
+    product = "geglu" if "geglu" in op else "linear"
+    kinds = {"norm": "layer_norm" in op, "fp8": "fp8" in op, "quantised": "to_e4m3" in op}
+    return linear_sm90a.choose_tile(product, *(numbers[n] for n in ("m", "n", "blocks")), **kinds)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_tiles_are_still_candidates(path, monkeypatch, caplog):
+    monkeypatch.setattr(tuning, "shipped_path", lambda card: path)
+    tuning.forget()
+    with caplog.at_level(logging.WARNING, "mirage_hello"):
+        for op, entries in tuning.read(path).items():
+            for key, entry in entries.items():
+                assert tuning.encoded(asked(op, key)) == entry["tile"], f"{op} {key}: tune again"
+    assert not caplog.records
