@@ -22,11 +22,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mirage_hello.kernels import use
+from mirage_hello.model.capture import WARM_UP
 from mirage_hello.model.data.styles import STYLES
 from mirage_hello.model.data.worlds import WorldConfig, Worlds
 from mirage_hello.model.presets import build
 from mirage_hello.model.training.autoencoder_stage import AutoencoderStage
 from mirage_hello.model.training.config import TrainConfig, changed, preset
+from mirage_hello.model.training.norms import fused_norms
+from mirage_hello.model.training.optimise import alone_in_half
 from mirage_hello.model.training.parallel import Workers
 from mirage_hello.model.training.video_stage import VideoStage
 
@@ -35,8 +38,9 @@ CLIPS = 16
 
 
 def seconds(step: Callable[[], Any], device: torch.device, count: int) -> float:
-    """Mean seconds of a step over `count`, after two more that are not counted."""
-    step(), step()
+    """Mean seconds of a step over `count`; what comes before its graph is captured is not counted."""
+    for _ in range(WARM_UP + 2 if device.type == "cuda" else 2):
+        step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -89,7 +93,8 @@ def measure(config: TrainConfig, count: int = 10) -> dict[str, Any]:
     peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
     found: dict[str, Any] = {"device": name, "ranks": workers.ranks, "size": config.size}
     found["compile"], found["torch"] = config.compile, torch.__version__
-    with use("torch"):
+    own = config.fused and alone_in_half(config, workers.ranks)
+    with use("torch"), fused_norms(device, own):
         found["rendered_frames_per_s"] = renderer(config, device, count)
         autoencoder_gflop, video_gflop = forward_gflop(config)
         denoiser, autoencoder = build(config.model)
