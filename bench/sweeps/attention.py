@@ -6,6 +6,7 @@ Each case runs in a process of its own with a time limit, so a kernel that hangs
 """
 
 import sys
+from typing import Any
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -103,7 +104,10 @@ def run_case(name: str) -> dict:
 
         return call
 
-    portable = {"ptx sm_80": attention_mma.attention_sm80, "cuda": attention_mma.attention_cuda}
+    portable: dict[str, Any] = {
+        "ptx sm_80": attention_mma.attention_sm80,
+        "cuda": attention_mma.attention_cuda,
+    }
     for label, run in portable.items():
         result = parity.judge(pick(run(q, k, v)), plain, truth)
         if result.passed:

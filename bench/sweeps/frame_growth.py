@@ -152,7 +152,7 @@ def batch() -> dict:
 
 
 def presets() -> dict:
-    result = {}
+    result: dict[str, Any] = {}
     for name in ("tiny", "391m"):
         stream = FrameStream(*build(name, 0, torch.bfloat16, "cuda"), size=(512, 512))
         frames = clip((512, 512))
