@@ -165,7 +165,8 @@ def style_tokens(text: str, unet: VideoUNet) -> torch.Tensor:
             raise BadInput(f"--style: a share must be a positive number (got {part!r})")
         parts.append((share, unet.style(_style(name.strip(), unet.config.styles))))
     total = sum(share for share, _ in parts)
-    return sum(share / total * tokens.detach() for share, tokens in parts)
+    first = parts[0][0] / total * parts[0][1].detach()
+    return sum((share / total * tokens.detach() for share, tokens in parts[1:]), start=first)
 
 
 def _style(text: str, count: int) -> int:

@@ -66,7 +66,7 @@ class Optimiser:
         self.count, self.origin = 0, 0  # steps so far, and the one at which the moments began
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self.names = [n.removeprefix("module.") for n, _ in named]
-        self.parameters = [p for _, p in named]
+        self.parameters: list[Tensor] = [p for _, p in named]
         self.weights = self.parameters  # in float32
         if half:
             self.weights = [p.detach().clone().requires_grad_() for p in self.parameters]
@@ -119,7 +119,7 @@ class Optimiser:
         half = self.weights is not self.parameters
         if half:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-            torch._foreach_copy_([w.grad for w in self.weights], grads)
+            torch._foreach_copy_([w.grad for w in self.weights if w.grad is not None], grads)
         norm = nn.utils.clip_grad_norm_(self.weights, self.config.clip_norm)
         self.adam.step()
         with torch.no_grad():

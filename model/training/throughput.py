@@ -38,7 +38,7 @@ CLIPS = 16
 
 
 def seconds(step: Callable[[], Any], device: torch.device, count: int) -> float:
-    """Mean seconds of a step over `count`; what comes before its graph is captured is not counted."""
+    """Mean seconds of a step over `count`; before, its graph is captured."""
     for _ in range(WARM_UP + 2 if device.type == "cuda" else 2):
         step()
     if device.type == "cuda":
