@@ -6,9 +6,9 @@ Each case runs in a process of its own with a time limit, so a kernel that hangs
 """
 
 import sys
-from typing import Any
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
