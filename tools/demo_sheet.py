@@ -16,11 +16,10 @@ MOMENTS = (0.15, 0.5, 0.95)  # of the clip: one row each
 WIDTH = 256  # of a frame in the sheet
 
 
-def frames_of(path: Path, moments: Sequence[float]) -> list[Tensor]:
-    """Frames of a video at shares of its length: uint8 [H, W, 3] each."""
+def frames_of(path: Path) -> list[Tensor]:
+    """The frames of a video, scaled: uint8 [H, W, 3] each."""
     with VideoReader(path) as reader:
-        pixels = [torch.from_numpy(i.pixels.copy()) for i in reader if isinstance(i, Frame)]
-    return [pixels[min(len(pixels) - 1, round(m * (len(pixels) - 1)))] for m in moments]
+        return [scaled(torch.from_numpy(i.pixels)) for i in reader if isinstance(i, Frame)]
 
 
 def scaled(frame: Tensor) -> Tensor:
@@ -32,7 +31,9 @@ def scaled(frame: Tensor) -> Tensor:
 
 
 def write_sheet(path: Path, videos: Sequence[Path]) -> None:
-    """A PNG: one column a video, one row a moment."""
-    columns = [torch.cat([scaled(f) for f in frames_of(video, MOMENTS)]) for video in videos]
+    """A PNG: one column a video, one row a moment of the shortest."""
+    clips = [frames_of(video) for video in videos]
+    last = min(len(clip) for clip in clips) - 1
+    columns = [torch.cat([clip[round(m * last)] for m in MOMENTS]) for clip in clips]
     height = min(len(column) for column in columns)
     path.write_bytes(png(torch.cat([column[:height] for column in columns], 1)))
