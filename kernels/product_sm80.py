@@ -27,8 +27,8 @@ class Tile:
 
 
 TILES = (Tile(64), Tile(128))
-# Clocks of a multiprocessor on an H200, from bench/sweeps/product_sm80.py, by block_n: start and end
-# of a block; 16 of its K; 16 of K of the first block, which nothing hides.
+# Clocks of a multiprocessor on an H200, from bench/sweeps/product_sm80.py, by block_n: start and
+# end of a block; 16 of its K; 16 of K of the first block, which nothing hides.
 BLOCK, STEP, FIRST = {64: 3500, 128: 9900}, {64: 150, 128: 285}, {64: 140, 128: 140}
 
 # (dtype, gated, tile) -> the program and its entry
