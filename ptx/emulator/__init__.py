@@ -6,8 +6,8 @@
 
 Parts, in the order a kernel passes them: parser.py (grammar.lark, ir.py), program.py (names and
 addresses), table.py and instructions_*.py (mnemonic -> semantics), machine.py (threads),
-memory.py, barriers.py, mbarriers.py, asynchronous.py, then checks.py and races.py (findings),
-counts.py and listing.py (what it cost).
+memory.py, barriers.py, mbarriers.py, registers.py, asynchronous.py, then checks.py and races.py
+(findings), counts.py and listing.py (what it cost).
 """
 
 from mirage_hello.ptx.emulator import (  # noqa: F401  (importing fills the table)

@@ -200,7 +200,7 @@ class Barriers:
 
     def report_ends(self):
         """Whoever still waits now waits for ever; arrivals that nobody waited for are left over."""
-        waits = []
+        waits = self.m.registers.waits()  # first: others may wait for these threads
         for number, state in sorted(self.numbered.items()):
             for pc, lanes, _ in state.waiting:
                 block = int(self.m.block[lanes.idx[0]])

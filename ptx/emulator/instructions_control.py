@@ -54,13 +54,28 @@ def createpolicy(op):
     return lambda lanes: put(lanes, np.uint64(0x12F0000000000000))
 
 
-@instruction("setmaxnreg")
+@instruction("setmaxnreg", control=True)
 def setmaxnreg(op):
-    """Register counts are not modelled; the instruction is warpgroup-wide."""
+    """Warpgroup-wide; without effect where the registers at entry are unknown, as for ptxas."""
     value = int(op.operands[0].value)
     if value % 8 or not 24 <= value <= 256:
         op.fail(f"takes a multiple of 8 in 24..256 (got {value})")
-    return lambda lanes: None
+    if op.has("inc") == op.has("dec"):
+        op.fail("is .inc or .dec")
+
+    def run(lanes):
+        m = lanes.m
+        lanes = m.gather(op, lanes, group=m.registers.unit)
+        if lanes is None:
+            return []
+        if m.registers.entry is not None:
+            if op.has("inc"):
+                m.registers.increase(lanes, value, op.pc)
+                return []
+            m.registers.decrease(lanes, value)
+        return [(op.pc + 1, lanes)]
+
+    return run
 
 
 def _threads(lanes, value):

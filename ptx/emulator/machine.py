@@ -6,10 +6,11 @@ group's size.  Groups split at divergent branches and meet again at block leader
 with the lowest program counter runs first; every 256 turns the scheduler serves the others in order
 of age for a while, so a spinning group starves nobody.
 
-Waiting threads are parked outside the ready set: at barriers (barriers.py), at mbarriers, or, for
-`.aligned` and `.sync` warp instructions, until the rest of their warp arrives.  When no group is
-ready, one asynchronous operation completes (asynchronous.py): the latest moment the hardware is
-allowed, so a forgotten wait shows.  When none is left either, the parked threads are a deadlock.
+Waiting threads are parked outside the ready set: at barriers (barriers.py), at mbarriers, for
+registers (registers.py), or, for `.aligned` and `.sync` warp instructions, until the rest of their
+warp arrives.  When no group is ready, one asynchronous operation completes (asynchronous.py): the
+latest moment the hardware is allowed, so a forgotten wait shows.  When none is left either, the
+parked threads are a deadlock.
 """
 
 import numpy as np
@@ -22,6 +23,7 @@ from mirage_hello.ptx.emulator.lanes import Lanes
 from mirage_hello.ptx.emulator.memory import Buffer
 from mirage_hello.ptx.emulator.operands import SHARED_BASE
 from mirage_hello.ptx.emulator.races import Shadow
+from mirage_hello.ptx.emulator.registers import RegisterPool
 from mirage_hello.ptx.emulator.specials import Specials
 
 ROW_DTYPE = {1: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64, 128: np.uint64}
@@ -55,6 +57,7 @@ class Machine:
         self.shadow = Shadow(self)
         self.dependency = Dependency(self)
         self.barriers = Barriers(self)
+        self.registers = RegisterPool(self)
 
     def _place_threads(self):
         threads = self.launch.threads
