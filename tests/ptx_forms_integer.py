@@ -74,6 +74,9 @@ def special_arithmetic():
         sources = ["s32"] * count
         oracle = whole("s32", sources, function)
         yield scalar(name, ["s32"], sources, group=group, oracle=oracle)
+    oracle = whole("s32", ["s32"] * 2, lambda x, y: max(min(x, y), 0))
+    relu = {"group": "integer_arithmetic", "target": "sm_90", "oracle": oracle}
+    yield scalar("min.relu.s32", ["s32"], ["s32"] * 2, **relu)
     for kind in ("s32", "u32"):
         yield scalar(f"mul24.lo.{kind}", [kind], [kind] * 2, group=group)
         for op in ("dp4a", "dp2a.lo", "dp2a.hi"):

@@ -101,6 +101,7 @@ def test_group_assembles(group):
             assert all(f.entry.encode() in cubin for f in forms)
 
 
+QUOTED = re.compile(r'"([^"]*)"')
 # What a template writes into an opcode. N of wgmma is any multiple of 8: one N stands for all.
 COMPLETIONS = {
     "dtype": ("f16", "bf16"),
@@ -109,8 +110,17 @@ COMPLETIONS = {
     "FRAME": (".b32", ".v2.b32"),
     "STORE": ("", ".cs"),
     "BLOCK_N": ("64",),
+    "MMA": ("k16.f32.f16.f16", "k16.f32.bf16.bf16", "k32.f32.e4m3.e4m3"),
+    "2 * width": ("2", "4"),
+    "OUT": ("f16", "bf16"),
+    "FREE": ("shared::cta", "shared::cluster"),
     "HEAD_DIM": ("64",),
 }
+
+
+def completions(expression):
+    """Of an expression of a template: by name, or the texts that a conditional chooses from."""
+    return COMPLETIONS[expression] if expression in COMPLETIONS else QUOTED.findall(expression)
 
 
 def instructions(text):
@@ -120,7 +130,9 @@ def instructions(text):
     found = set()
     for opcode in re.findall(pattern, text, re.MULTILINE):
         names = sorted(set(re.findall(r"\{\{ (.*?) \}\}", opcode)))
-        for values in itertools.product(*(COMPLETIONS[n] for n in names)):
+        choices = [completions(name) for name in names]
+        assert all(choices), f"{opcode}: name what the template may write here in COMPLETIONS"
+        for values in itertools.product(*choices):
             whole = opcode
             for name, value in zip(names, values, strict=True):
                 whole = whole.replace("{{ " + name + " }}", value)

@@ -171,6 +171,10 @@ def _extreme(op, of_integers, of_floats):
     kind = op.kind
     if len(op.operands) > 3:
         op.fail("with three sources needs sm_100")
+    if op.has("relu"):
+        if kind != "s32":
+            op.fail("with .relu takes s32")
+        return _integer_binary(op, lambda k, a, b: integer.maximum(k, of_integers(k, a, b), 0 * a))
     if not is_float(kind):
         return _integer_binary(op, of_integers)
     ftz, nan, xorsign = op.has("ftz"), op.has("NaN"), op.has("xorsign")
