@@ -365,21 +365,23 @@ def test_a_prepared_size_is_swapped_in_between_two_frames(device: torch.device) 
 
 
 def test_two_streams_at_once(device: torch.device) -> None:
+    """Bit for bit what each draws alone, also in a thread: settings of torch are per thread."""
     frames = clip(8)
-    expected = {seed: run(planned(device, seed=seed), frames) for seed in (1, 2)}
-    streams = {seed: planned(device, seed=seed) for seed in expected}
-    found: dict[int, list] = {}
+    keys = [(seed, how) for how in ("alone", "together") for seed in (1, 2)]
+    streams = {key: planned(device, seed=key[0]) for key in keys}  # weights: a global generator
+    found: dict[tuple[int, str], list] = {}
 
-    def work(seed: int) -> None:
-        found[seed] = list(streams[seed].run(frames))
+    def work(key: tuple[int, str]) -> None:
+        found[key] = list(streams[key].run(frames))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in expected]
-    for thread in threads:
+    threads = {key: threading.Thread(target=work, args=(key,)) for key in keys}
+    for key, thread in threads.items():
         thread.start()
-    for thread in threads:
-        thread.join()
-    for seed, outputs in expected.items():
-        assert np.array_equal(found[seed], outputs)
+        if key[1] == "alone":
+            thread.join()
+    for seed in (1, 2):
+        threads[seed, "together"].join()
+        assert np.array_equal(found[seed, "together"], found[seed, "alone"])
 
 
 def test_the_plans_unet_is_the_streams(device: torch.device) -> None:
