@@ -4,18 +4,24 @@
 
 Lengths, head dimensions, dtypes, layouts, scales and magnitudes are drawn from a printed seed;
 each case goes to one kernel in turn. Every second one is for sm_90a, with a tile drawn from all
-that its launcher knows for the head dimension, also those meant for much larger calls. Prints
-every failure and exits with 1 if there is one. Writes $OUT/attention-fuzz.json.
+that its launcher knows for the head dimension, also those meant for much larger calls. A case is
+some dozens of small kernels and the host's work between them, so WORKERS processes share the card.
+Prints every failure and exits with 1 if there is one, or if a worker did not end.
+Writes $OUT/attention-fuzz.json.
 """
 
 import functools
 import json
 import os
 import random
+import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +32,8 @@ from mirage_hello.kernels.attention import attention_torch
 from mirage_hello.kernels.attention_sm90a import SHORT_NAME, Tile, attention_sm90a, choose_tile
 from mirage_hello.reference import attention
 
+WORKERS = 10
+GRACE_S = 30  # what a worker may take to start, beyond its own seconds
 # Not cuDNN, which plans anew for every shape: with it a case took 54 ms.
 PLAIN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 HEAD_DIMS = (8, 40, 64, 72, 80, 128, 160, 256)
@@ -59,7 +67,7 @@ def draw(rng: random.Random) -> dict:
 
     def length() -> int:
         near = rng.choice((1, 2, 16, 63, 64, 65, 77, 127, 128, 129, 192, 255, 256, 257))
-        return near if rng.random() < 0.5 else rng.randint(1, 400)
+        return near if rng.random() < 0.5 else rng.randint(1, 400 if rng.random() < 0.9 else 2000)
 
     return {
         "batch": rng.randint(1, 2),
@@ -100,18 +108,14 @@ def compile_all() -> None:
         list(pool.map(lambda program: program.compile("sm_90a"), set(jobs)))
 
 
-def main() -> int:
-    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 90.0
-    seed = int(time.time())
-    print("seed", seed, flush=True)
+def work(seed: int, wanted: int, seconds: float, report: Path) -> None:
+    """Run `wanted` cases of one seed, fewer if the time ends, and write what was found."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    compile_all()
-    begin, failures, done = time.perf_counter(), [], 0
+    begin, failures, counts = time.perf_counter(), [], Counter[str]()
     names = list(KERNELS)
-    while done < wanted and time.perf_counter() - begin < seconds:
-        case, name = draw(rng), names[done % len(names)]
+    while counts.total() < wanted and time.perf_counter() - begin < seconds:
+        case, name = draw(rng), names[counts.total() % len(names)]
         q, k, v = tensors(case)
         truth = attention(q.double(), k.double(), v.double(), case["scale"])
         with sdpa_kernel(PLAIN):
@@ -123,14 +127,56 @@ def main() -> int:
         if not result.passed:
             failures.append({"kernel": name, **{key: str(x) for key, x in case.items()}})
             print(name, case, result, flush=True)
-        done += 1
+        counts[name] += 1
+    report.write_text(json.dumps({"seed": seed, "cases": counts, "failures": failures}))
+
+
+def share(seed: int, wanted: int, seconds: float) -> tuple[list[dict], int]:
+    """The reports of WORKERS processes, and how many did not end well."""
+    begin, reports, lost = time.perf_counter(), [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for i in range(WORKERS):
+            path = Path(folder, f"{i}.json")
+            words = ["--work", seed + i, (wanted + i) // WORKERS, seconds, path]
+            running.append((subprocess.Popen([sys.executable, __file__, *map(str, words)]), path))
+        for process, path in running:
+            try:
+                process.wait(max(1.0, begin + seconds + GRACE_S - time.perf_counter()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if path.exists():
+                reports.append(json.loads(path.read_text()))
+            else:
+                lost += 1
+    return reports, lost
+
+
+def main() -> int:
+    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 90.0
+    seed = int(time.time())
+    print("seeds", seed, "to", seed + WORKERS - 1, flush=True)
+    compile_all()
+    begin = time.perf_counter()
+    reports, lost = share(seed, wanted, seconds)
     elapsed = time.perf_counter() - begin
-    print(f"{done} cases, {len(failures)} failed, {elapsed:.0f} s")
+    failures = [failure for report in reports for failure in report["failures"]]
+    kernels: Counter[str] = sum((Counter(r["cases"]) for r in reports), Counter())
+    cases = kernels.total()
+    print(
+        f"{cases} cases, {len(failures)} failed, {lost} workers lost, {elapsed:.0f} s", flush=True
+    )
+    found = {"seed": seed, "workers": WORKERS, "cases": cases, "kernels": kernels}
+    found |= {"seconds": elapsed, "lost": lost, "failures": failures}
     with open(f"{os.environ.get('OUT', '.')}/attention-fuzz.json", "w") as f:
-        report = {"seed": seed, "cases": done, "seconds": elapsed, "failures": failures}
-        json.dump(report, f, indent=1)
-    return 1 if failures else 0
+        json.dump(found, f, indent=1)
+    return 1 if failures or lost or cases < wanted else 0
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--work"]:
+        work(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), Path(sys.argv[5]))
+        sys.exit(0)
     sys.exit(main())
