@@ -1,24 +1,23 @@
 """Random calls of conv2d.sm90a against the float64 reference, on a GPU.
 
-    python bench/sweeps/conv2d_fuzz.py [CASES [SECONDS]]    5000 cases, at most 60 s
+    python bench/sweeps/conv2d_fuzz.py [CASES [SECONDS [SEED]]]    5000 cases, at most 60 s
 
-A few programs (a tile, a window, an input and an epilogue each), many shapes: batch 1 to 4, images
-1 to 40 pixels wide, channels that are no multiples of the tile. Every case also holds its sums
-against its own output. Prints every failure, exits with 1 if there is one, and writes
-$OUT/conv2d-fuzz.json.
+A few programs (a tile, a window, an input and an epilogue each), many shapes: batch 1 to 9, images
+1 to 129 pixels wide and high, channels that are no multiples of the tile, any padding. Every case
+also holds its sums against its own output. Prints every failure, exits with 1 if there is one, and
+writes $OUT/conv2d-fuzz.json.
 """
 
-import json
-import os
 import random
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from mirage_hello.bench.sweeps import fuzz
 from mirage_hello.kernels import conv2d_fused as page
 from mirage_hello.kernels import conv2d_sm90a as conv
 from mirage_hello.kernels import parity
@@ -49,10 +48,12 @@ PROGRAMS: list[Kind] = [
 ]
 DTYPES = (torch.bfloat16, torch.float16)
 STAGES = 4  # the same for every K, so that a tile is one program
+MOST_PIXELS = 40000  # of all images of a call: the reference multiplies in float64
+randn = partial(torch.randn, device=fuzz.DEVICE)
 
 
 def image(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    drawn = (scale * torch.randn(shape, device="cuda")).to(dtype)
+    drawn = (scale * randn(shape)).to(dtype)
     return drawn.contiguous(memory_format=torch.channels_last)
 
 
@@ -60,12 +61,15 @@ def draw(rng: random.Random, kind: Kind) -> dict[str, Any]:
     """Arguments of conv2d_fused_sm90a."""
     tile, window, stride, with_skip, upsample, unit, activation, norm_silu = kind
     dtype = rng.choice(DTYPES)
-    b, h, w = rng.randint(1, 4), rng.randint(1, 40), rng.randint(1, 40)
+    h, w = (rng.randint(1, rng.choice((20, 129))) for _ in range(2))
+    b = rng.randint(1, max(1, min(9, MOST_PIXELS // (h * w))))
     step = 8 if norm_silu is None else 40  # whole units
     c = step * rng.randint(-(-64 * -(-tile.split // window**2) // step), 320 // step)
     extra = step * rng.randint(1, 160 // step) if with_skip else 0
     o = 40 * rng.randint(1, 6) if unit else 8 * rng.randint(1, 30)
     up, pad = 2 if upsample else 1, window // 2
+    if not upsample:  # as far as a window fits, and up to one that sees nothing but zeros
+        pad = rng.randint(max(0, -(-(window - min(h, w)) // 2)), window - 1)
     p, q = ((up * n + 2 * pad - window) // stride + 1 for n in (h, w))
     size, mean = (c + extra, window, window), rng.choice((0.0, 0.0, 100.0))
     x = image(b, c, h, w, dtype=dtype)
@@ -73,10 +77,10 @@ def draw(rng: random.Random, kind: Kind) -> dict[str, Any]:
     return {
         "x": x,
         "weight": image(o, *size, dtype=dtype, scale=(window**2 * (c + extra)) ** -0.5),
-        "bias": (torch.randn(o, device="cuda") + mean).to(dtype),
+        "bias": (randn(o) + mean).to(dtype),
         "stride": stride,
         "padding": pad,
-        "channel_bias": rng.choice((None, torch.randn(b, o, device="cuda").to(dtype))),
+        "channel_bias": rng.choice((None, randn(b, o).to(dtype))),
         "residual": rng.choice((None, image(b, o, p, q, dtype=dtype))),
         "skip": skip,
         "upsample": upsample,
@@ -97,7 +101,7 @@ def draw_norm(
 
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     groups = rng.choice([g for g in range(1, channels // 10 + 1) if channels % (10 * g) == 0])
-    weight, bias = (torch.randn(channels, device="cuda").to(x.dtype) for _ in range(2))
+    weight, bias = (randn(channels).to(x.dtype) for _ in range(2))
     of_skip = None if skip is None else sums(skip)
     return page.Norm(sums(x), groups, weight, bias, of_skip, silu=silu)
 
@@ -116,9 +120,17 @@ def in_double(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) else value
 
 
-def check(values: dict[str, Any], tile: Tile) -> str | None:
-    """What is wrong with one call, or None."""
-    tile = replace(tile, stages=STAGES)
+def check(rng: random.Random, kind: Kind) -> tuple[str, str] | None:
+    """A call of a kind, and what is wrong with it; None where nothing is."""
+    values, tile = draw(rng, kind), replace(kind[0], stages=STAGES)
+    wrong = wrong_result(values, tile)
+    if not wrong:
+        return None
+    shapes = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+    return f"{values['x'].dtype} {shapes | {'norm': values['norm'] is not None}}", wrong
+
+
+def wrong_result(values: dict[str, Any], tile: Tile) -> str | None:
     unsummed: Any = values | {"unit": 0}
     doubled: Any = {name: in_double(value) for name, value in unsummed.items()}
     truth = page.conv2d_fused_torch(**doubled)[0]
@@ -145,31 +157,5 @@ def compile_all() -> None:
         list(pool.map(lambda program: program.compile("sm_90a"), set(jobs)))
 
 
-def main() -> int:
-    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 5000
-    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 60.0
-    seed = int(time.time())
-    print("seed", seed, flush=True)
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    compile_all()
-    begin, failures, done = time.perf_counter(), [], 0
-    while done < wanted and time.perf_counter() - begin < seconds:
-        kind = PROGRAMS[done % len(PROGRAMS)]
-        values = draw(rng, kind)
-        wrong = check(values, kind[0])
-        if wrong:
-            shapes = {k: getattr(v, "shape", v) for k, v in values.items()}
-            failures.append({"program": str(kind), "values": str(shapes), "wrong": wrong})
-            print(failures[-1], values["x"].dtype, flush=True)
-        done += 1
-    elapsed = time.perf_counter() - begin
-    print(f"conv2d fuzz: {done} cases, {len(failures)} failed, {elapsed:.0f} s")
-    with open(f"{os.environ.get('OUT', '.')}/conv2d-fuzz.json", "w") as f:
-        report = {"seed": seed, "cases": done, "seconds": elapsed, "failures": failures}
-        json.dump(report, f, indent=1)
-    return 1 if failures else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(fuzz.main("conv2d", PROGRAMS, check, compile_all))
