@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mirage_hello import reference
+from mirage_hello.kernels.conv2d_fused import check, check_call
 from mirage_hello.kernels.conv2d_norm import Norm
 from mirage_hello.kernels.conv2d_sm90a import conv2d_fused_sm90a
 from mirage_hello.kernels.conv2d_tiles import Tile
@@ -101,7 +102,7 @@ def conv2d_fp8(
         (out, sums): bfloat16 [B, O, P, Q], channels-last, and the sums of conv2d_fused.
 
     Raises:
-        TypeError: x is not e4m3, or with a norm not bfloat16.
+        TypeError: x is not e4m3, or with a norm not bfloat16. Else as conv2d_fused.
 
     Numerics: products exact; wgmma keeps about 14 bits of their sums, which are added in float32
         after every few K blocks (`Tile.promote`).
@@ -110,6 +111,12 @@ def conv2d_fp8(
     if x.dtype != expected:
         advice = "use quantise" if norm is None else "a norm reads bfloat16"
         raise TypeError(f"conv2d_fp8: x must be {expected} (got {x.dtype}); {advice}")
+    values = {
+        "x": x, "weight": weight.values, "bias": bias, "stride": stride, "padding": padding,
+        "channel_bias": channel_bias, "residual": residual, "skip": skip, "upsample": upsample,
+    }  # fmt: skip
+    check_call("conv2d_fp8", values, on_ptx=True)
+    check(x, weight.values, skip, norm, unit, activation)
     return conv2d_fused_sm90a(
         x, weight.values, bias, stride, padding, channel_bias, residual, skip, upsample,
         norm=norm, unit=unit, activation=activation, scales=weight.scales,

@@ -17,14 +17,17 @@ A GroupNorm whose groups are multiples of `unit` channels, and skips whose width
 of them: 10 serves every GroupNorm(32) of Stable Diffusion's U-Net, concatenated skips included.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mirage_hello import reference
-from mirage_hello.kernels import conv2d_sm90a
+from mirage_hello.kernels import conv2d, conv2d_sm90a
+from mirage_hello.kernels.call import Call, TensorSpec, device_arch
 from mirage_hello.kernels.conv2d_norm import Norm
 
 
@@ -57,17 +60,51 @@ def conv2d_fused(
         (None where unit is 0).
 
     Raises:
-        ValueError: sums that do not fit the groups, an unknown backend or activation.
+        TypeError, ValueError: as ops.conv2d; what the PTX kernel does not take; sums that do not
+            fit the groups; an unknown backend or activation.
     """
     run = BACKENDS.get(backend)
     if run is None:
         known = ", ".join(BACKENDS)
         raise ValueError(f"conv2d_fused: unknown backend {backend!r}; choose one of {known}")
+    values = {
+        "x": x, "weight": weight, "bias": bias, "stride": stride, "padding": padding,
+        "channel_bias": channel_bias, "residual": residual, "skip": skip, "upsample": upsample,
+    }  # fmt: skip
+    check_call("conv2d_fused", values, on_ptx=backend == "ptx")
     check(x, weight, skip, norm, unit, activation)
     return run(
         x, weight, bias, stride, padding, channel_bias, residual, skip, upsample,
         norm=norm, unit=unit, activation=activation,
     )  # fmt: skip
+
+
+def check_call(op: str, values: Mapping[str, Any], on_ptx: bool) -> None:
+    """What ops.conv2d checks of its arguments, and where `on_ptx` what its kernel needs.
+
+    e4m3 tensors stand for bfloat16 ones: their scales are the caller's to check.
+    """
+    specs = {n: TensorSpec.of(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+    for name, spec in specs.items():
+        if isinstance(spec, TensorSpec) and spec.dtype == torch.float8_e4m3fn:
+            specs[name] = replace(spec, dtype=torch.bfloat16)
+    conv2d.check(specs)
+    if not on_ptx:
+        return
+    x = specs["x"]
+    if x.dtype not in conv2d_sm90a.SHORT_NAME:
+        raise TypeError(
+            f"{op}: backend ptx takes bfloat16 or float16 (got {x.dtype}); convert x and weight, "
+            "or choose backend 'torch'"
+        )
+    arch = device_arch(x.device)
+    if arch not in ("cpu", "meta", "sm_90a"):
+        raise ValueError(
+            f"{op}: backend ptx needs compute capability 9.0 (got {arch}); choose backend 'torch'"
+        )
+    reason = conv2d_sm90a.supports(Call("conv2d", specs, x.device, x.dtype, arch, False, False))
+    if reason:
+        raise ValueError(f"{op}: {reason}; choose backend 'torch', or ops.conv2d")
 
 
 def check(

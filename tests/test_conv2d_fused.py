@@ -235,12 +235,23 @@ def test_sums_make_the_group_norm():
         ({"unit": 24}, "unit must be even and divide O"),
         ({"activation": "relu"}, "activation must be 'silu'"),
         ({"backend": "cuda"}, "unknown backend 'cuda'"),
+        ({"weight": draw(40, 24, 3, 3)}, "weight C=24"),
+        ({"stride": 0}, "stride"),
+        ({"x": draw(1, 16, 4, 4, dtype=torch.float32)}, "convert x and weight|dtype"),
     ],
 )
 def test_refusals(change, reason):
     values = {"x": draw(1, 16, 4, 4), "weight": draw(40, 16, 3, 3), "padding": 1} | change
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises((TypeError, ValueError), match=reason):
         page.conv2d_fused(**values)
+
+
+def test_the_ptx_backend_says_what_it_does_not_take():
+    x, weight = (draw(*shape, dtype=torch.float32) for shape in ((1, 16, 4, 4), (40, 16, 3, 3)))
+    with pytest.raises(TypeError, match="backend ptx takes bfloat16 or float16 .got torch.float32"):
+        page.conv2d_fused(x, weight, padding=1, backend="ptx")
+    with pytest.raises(ValueError, match="conv2d_fused: .*; choose backend 'torch'"):
+        page.conv2d_fused(draw(1, 3, 4, 4), draw(40, 3, 3, 3), padding=1, backend="ptx")
 
 
 def test_a_norm_needs_stride_1():
