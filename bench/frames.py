@@ -1,10 +1,12 @@
-"""The `frame` rows: a clip pushed through FrameStream, uint8 in to uint8 out, four ways.
+"""The `frame` rows: a clip pushed through FrameStream, uint8 in to uint8 out, every way there is.
 
 One frame is timed on the host's clock from the call of `push` to its return, which waits for the
 output frame: decode to the U-Net, all denoising steps and back, copies over the bus included. The
 ways take turns in blocks of frames. torch-compile compiles encode, denoise and decode (fullgraph)
-and is captured in the stream's own CUDA graph, which favours it over its reduce-overhead mode; it
-is also what a one-step image-to-image pipeline of the same U-Net and a tiny autoencoder comes to.
+and is captured in the stream's own CUDA graph, which favours it over its reduce-overhead mode.
+diffusers-eager and diffusers-graph have diffusers' U-Net with the same weights in the place of
+ours. stream-diffusion is what StreamDiffusion (Kodaira et al., 2023) comes to at one step: image to
+image through TAESD's shape of autoencoder and the same U-Net, compiled, in one CUDA graph.
 cudnn-attention is ours with cuDNN's attention in the place of ours. Ours is also timed with a frame
 under way (`run`): its rate, and what the host itself needs; and the microseconds of each kernel
 family are listed for ours and for torch-compile.
@@ -16,6 +18,7 @@ import contextlib
 import functools
 import importlib.util
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,14 +30,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mirage_hello.kernels.parity import ROUNDING, exact_float32
 from mirage_hello.model import FrameStream
 
-from . import bus, frame_profile
+from . import bus, diffusers_peers, frame_profile
 from .model import MODEL_SECONDS, Models, chosen_kernels, compile_seconds
 from .rows import Begin, Options, Outcome
 
 CLIP = Path(__file__).resolve().parent.parent / "assets" / "demo.mp4"
 BLOCKS = 4  # each way runs a quarter of its frames, then the next way
 # These run one frame in so many: they are slow, and their spread is not the question.
-SHARES = {"torch-eager": 100, "cuda-graph": 25, "torch-compile": 10, "cudnn-attention": 10}
+SHARES = {
+    "torch-eager": 100,
+    "diffusers-eager": 100,
+    "cuda-graph": 25,
+    "diffusers-graph": 25,
+    "torch-compile": 10,
+    "stream-diffusion": 10,
+    "cudnn-attention": 10,
+}
 PARITY_FRAMES = 4
 PROFILED_FRAMES = 10
 RATE_FRAMES = 200
@@ -59,6 +70,7 @@ def frame_row(where: dict[str, str], models: Models, steps: int) -> Callable[...
         begin("frames", FRAME_SECONDS)
         times_us = _run_clip(streams, clip, options)
         measured = {name: _percentiles(samples) for name, samples in times_us.items()}
+        outcome.skipped += [where | reason for reason in extra.pop("left_out")]
         for name, peak_bytes in extra.pop("peak_bytes").items():
             measured[name]["peak_bytes"] = peak_bytes
         # Ours but for one kernel: no peer to be faster than.
@@ -159,20 +171,9 @@ def _streams(
 ) -> tuple[dict[str, FrameStream], dict[str, Any]]:
     """A warm stream for each way, with its peak memory and the seconds that compiling took."""
     on_gpu = models.options.device == "cuda"
-    ways: dict[str, Callable[[], FrameStream]] = {
-        "torch-eager": lambda: FrameStream(*models.plain, steps=steps, policy="torch", graph=False),
-        "ours": lambda: FrameStream(*models.plain, steps=steps, policy="auto"),
-    }
-    if on_gpu:
-        ways["cuda-graph"] = lambda: FrameStream(
-            *models.plain, steps=steps, policy="torch", arena=False
-        )
-        ways["cudnn-attention"] = lambda: FrameStream(
-            *models.plain, steps=steps, policy={"attention": "torch"}
-        )
-        if with_compile:
-            ways["torch-compile"] = lambda: _compiled_stream(models, steps)
+    ways = _ways(models, steps, on_gpu, with_compile and on_gpu)
     streams, peaks, extra = {}, {}, {}
+    left_out: list[dict[str, str]] = []
     weights = sum(p.numel() * p.element_size() for m in models.plain for p in m.parameters())
     for name, make in ways.items():
         started = time.perf_counter()
@@ -180,15 +181,54 @@ def _streams(
         # cuDNN's wherever it takes the shape, else flash
         backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
         forced = sdpa_kernel(backends, set_priority=True)
-        with forced if name == "cudnn-attention" else contextlib.nullcontext():
-            streams[name] = make()
-            for frame in played(clip, 0, WARM_UP_FRAMES):
-                streams[name].push(frame)
+        try:
+            with forced if name == "cudnn-attention" else contextlib.nullcontext():
+                stream = make()
+                for frame in played(clip, 0, WARM_UP_FRAMES):
+                    stream.push(frame)
+        except Exception as error:  # of a peer: somebody else's code must not cost the whole row
+            if name == "ours":
+                raise
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            left_out.append({"peer": name, "reason": reason})
+            continue
+        streams[name] = stream
         if on_gpu:
             peaks[name] = torch.cuda.max_memory_allocated() - before + weights
         if name == "torch-compile":
             extra["compile_seconds"] = time.perf_counter() - started
-    return streams, {**extra, "peak_bytes": peaks}
+    return streams, {**extra, "peak_bytes": peaks, "left_out": left_out}
+
+
+def _ways(
+    models: Models, steps: int, on_gpu: bool, with_compile: bool
+) -> dict[str, Callable[[], FrameStream]]:
+    """Name -> what makes the stream, in the order in which they are warmed up."""
+
+    def torch_stream(pair: Any, graph: bool) -> FrameStream:
+        return FrameStream(*pair, steps=steps, policy="torch", graph=graph, arena=False)
+
+    ways: dict[str, Callable[[], FrameStream]] = {
+        "torch-eager": lambda: torch_stream(models.plain, graph=False),
+        "ours": lambda: FrameStream(*models.plain, steps=steps, policy="auto"),
+    }
+    if diffusers_peers.available():
+        ways["diffusers-eager"] = lambda: torch_stream(models.diffusers, graph=False)
+    if on_gpu:
+        ways["cuda-graph"] = lambda: torch_stream(models.plain, graph=True)
+        ways["cudnn-attention"] = lambda: FrameStream(
+            *models.plain, steps=steps, policy={"attention": "torch"}
+        )
+    if on_gpu and diffusers_peers.available():
+        ways["diffusers-graph"] = lambda: torch_stream(models.diffusers, graph=True)
+    if with_compile:
+        ways["torch-compile"] = lambda: torch_stream(compiled(*models.compiled), graph=True)
+        if diffusers_peers.available() and steps == 1:
+            ways["stream-diffusion"] = lambda: torch_stream(
+                compiled(*models.image_to_image), graph=True
+            )
+    return ways
 
 
 def _device(
@@ -207,14 +247,13 @@ def _device(
     return found | {"idle_share": 1 - min(busy_us / under_way_us, 1.0)}
 
 
-def _compiled_stream(models: Models, steps: int) -> FrameStream:
-    """The torch backend with its three networks compiled; compiled once for every `steps`."""
-    denoiser, autoencoder = models.compiled
+def compiled(denoiser: Any, autoencoder: Any) -> tuple[Any, Any]:
+    """The same two with their three networks compiled; once, whatever streams they serve."""
     for module, method in ((denoiser, "denoise"), (autoencoder, "encode"), (autoencoder, "decode")):
         if method not in vars(module):
-            compiled = torch.compile(getattr(module, method), fullgraph=True, dynamic=False)
-            setattr(module, method, compiled)
-    return FrameStream(denoiser, autoencoder, steps=steps, policy="torch", arena=False)
+            made = torch.compile(getattr(module, method), fullgraph=True, dynamic=False)
+            setattr(module, method, made)
+    return denoiser, autoencoder
 
 
 def _reset_peak() -> int:

@@ -4,6 +4,8 @@ Every way of running is timed in one process, in turn:
     torch-eager     the torch backend, NHWC, called op by op (the registry's dispatch included,
                     at most 3 us an op)
     cuda-graph      the same captured in one CUDA graph
+    diffusers-eager, diffusers-graph
+                    diffusers' UNet2DConditionModel with the same weights, where it is installed
     torch-compile   torch.compile(fullgraph=True, mode="reduce-overhead"), its compile time kept
     ours            the best kernel for each op (policy "auto") in one CUDA graph; the row itself
 Parity: error against the float32 model (float64 for a float32 row), which may be at most 2 x that
@@ -28,6 +30,7 @@ from mirage_hello.kernels import forget_choices, use
 from mirage_hello.kernels.parity import exact_float32
 from mirage_hello.model import build
 
+from . import diffusers_peers
 from .case import Draw
 from .harness import Function, Timing, measure
 from .rows import STEP_SECONDS, Begin, Options, Outcome
@@ -90,6 +93,16 @@ class Models:
     def compiled(self):
         """A second pair, for torch.compile."""
         return self._build(self.dtype)
+
+    @cached_property
+    def diffusers(self):
+        """diffusers' U-Net with the weights of `plain`, and its autoencoder."""
+        return diffusers_peers.denoiser(self.plain[0]), self.plain[1]
+
+    @cached_property
+    def image_to_image(self):
+        """The U-Net for torch.compile with TAESD's shape of autoencoder."""
+        return self.compiled[0], diffusers_peers.TinyAutoencoder(self.compiled[1])
 
     @cached_property
     def reference(self):
@@ -163,8 +176,13 @@ def _unet_step(where: dict[str, str], models: Models, limits: dict[str, Any]):
         contenders: dict[str, Function] = {"torch-eager": plain, "ours": ours}
         extra: dict[str, Any] = {"parity": parity, "kernels": chosen}
         plainly = {"torch-eager"}
+        if diffusers_peers.available():
+            contenders["diffusers-eager"] = theirs = _diffusers_step(models, inputs)
+            plainly.add("diffusers-eager")
         if options.device == "cuda":
             contenders["cuda-graph"] = plain
+            if diffusers_peers.available():
+                contenders["diffusers-graph"] = theirs
             if "torch-compile" not in lost:
                 begin("torch-compile", compile_seconds(options))
                 compiled, extra["compile_seconds"] = _compiled_step(models, inputs)
@@ -178,6 +196,13 @@ def _unet_step(where: dict[str, str], models: Models, limits: dict[str, Any]):
         return Outcome(rows=[model_row(where, timings, work, limits) | extra])
 
     return run
+
+
+def _diffusers_step(models: Models, inputs: tuple[Tensor, ...]) -> Function:
+    """The step by diffusers' own modules, with the same weights."""
+    x, timesteps, context, level = inputs
+    unet = models.diffusers[0].unet
+    return lambda: unet(x, unet.noise_biases(timesteps, level), unet.context_keys(context))
 
 
 def _prepared_us(unet: Any, inputs: tuple[Tensor, ...], options: Options) -> dict[str, Any]:

@@ -33,8 +33,9 @@ FOLDER = Path(__file__).resolve().parent / "results"
 META_KEYS = ("gpu", "driver", "torch", "cuda", "commit", "date")
 ROW_KEYS = ("op", "case", "dtype", "backend", "time_us", "tflops", "gbps", "fraction_of_ceiling")
 CACHE_STATES = ("hot", "cold", "cold-weights")
-# The whole frame and the U-Net step are also held against eager PyTorch captured in a CUDA graph.
-KNOWN_PEERS = (*PEERS, "cuda-graph")
+# Of the whole frame and the U-Net step: see `model` and `frames`.
+MODEL_PEERS = ("cuda-graph", "diffusers-eager", "diffusers-graph", "stream-diffusion")
+KNOWN_PEERS = (*PEERS, *MODEL_PEERS)
 
 
 class BadResults(ValueError):

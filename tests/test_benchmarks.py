@@ -7,10 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from mirage_hello.bench import bus, composed, eight_bit, folded, frames, peers, worker
+from mirage_hello.bench import (
+    bus,
+    composed,
+    diffusers_peers,
+    eight_bit,
+    folded,
+    frames,
+    peers,
+    worker,
+)
 from mirage_hello.bench.case import PEERS
 from mirage_hello.bench.rows import INTERPRETED, Options, left_out, op_named, prepare
 from mirage_hello.kernels import conv2d_fused, ops
+from mirage_hello.model import FrameStream, build
 
 OPTIONS = Options(device="cpu")
 CASES = [case for case, _ in worker.cases(OPTIONS)]
@@ -48,6 +58,24 @@ def test_every_op_has_cases_and_a_peer():
 def test_cases_name_known_peers():
     assert {peer for case in CASES for peer in case.peers} <= set(PEERS)
     assert set(INTERPRETED) == {"ptx-emulated", "triton"}
+
+
+def test_the_diffusers_peer_is_the_same_model():
+    """Same weights, same pictures: its time is that of the same work."""
+    ours = build("tiny", dtype=torch.float64)
+    theirs = diffusers_peers.denoiser(ours[0]), ours[1]
+    frame = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    first, second = (FrameStream(*pair, steps=2, policy="torch") for pair in (ours, theirs))
+    for _ in range(2):
+        assert np.array_equal(first.push(frame), second.push(frame))
+    assert first.push(frame).std() > 2
+
+
+def test_the_image_to_image_peer_gives_pictures():
+    ours = build("tiny")
+    tiny = diffusers_peers.TinyAutoencoder(ours[1])
+    output = FrameStream(ours[0], tiny, policy="torch").push(np.zeros((40, 48, 3), np.uint8))
+    assert output.shape == (40, 48, 3)
 
 
 @pytest.mark.gpu
