@@ -248,7 +248,7 @@ def test_refusals(change, reason):
 
 def test_the_ptx_backend_says_what_it_does_not_take():
     x, weight = (draw(*shape, dtype=torch.float32) for shape in ((1, 16, 4, 4), (40, 16, 3, 3)))
-    with pytest.raises(TypeError, match=r"backend ptx takes bfloat16 or float16 .got torch.float32"):
+    with pytest.raises(TypeError, match="ptx takes bfloat16 or float16"):
         page.conv2d_fused(x, weight, padding=1, backend="ptx")
     with pytest.raises(ValueError, match=r"conv2d_fused: .*; choose backend 'torch'"):
         page.conv2d_fused(draw(1, 3, 4, 4), draw(40, 3, 3, 3), padding=1, backend="ptx")
