@@ -6,7 +6,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,41 @@ def transfers(stream: FrameStream, frames: Iterable[np.ndarray]) -> dict[str, An
         "frame_bytes": frame_bytes,
         "only_the_frame": bool(per_frame) and all(map(allowed, per_frame)),
     }
+
+
+COUNTERS = {"active": 1, "multiprocessors": 2, "tensor": 5, "memory": 10}  # NVML's numbers
+
+
+def device_use(run: Callable[[], Any]) -> dict[str, float] | None:
+    """Shares of the time of `run`, half a second or more, by the card's own counters (NVML's GPM),
+    which watch without a profiler. None: they are not to be had here.
+
+    {"active": anything ran, "multiprocessors": a warp was on one, mean over them, "tensor": their
+    matrix units worked, "memory": of the device memory's bandwidth}
+    """
+    try:
+        import pynvml as nvml
+
+        nvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        before, after = nvml.nvmlGpmSampleAlloc(), nvml.nvmlGpmSampleAlloc()
+        nvml.nvmlGpmSampleGet(handle, before)
+        run()
+        nvml.nvmlGpmSampleGet(handle, after)
+        found = nvml.c_nvmlGpmMetricsGet_t()
+        found.version, found.numMetrics = nvml.NVML_GPM_METRICS_GET_VERSION, len(COUNTERS)
+        found.sample1, found.sample2 = before, after
+        for i, number in enumerate(COUNTERS.values()):
+            found.metrics[i].metricId = number
+        nvml.nvmlGpmMetricsGet(found)
+        metrics = [found.metrics[i] for i in range(len(COUNTERS))]
+        if any(metric.nvmlReturn for metric in metrics):
+            raise RuntimeError(f"codes {[metric.nvmlReturn for metric in metrics]}")
+        return {n: m.value / 100 for n, m in zip(COUNTERS, metrics, strict=True)}
+    except Exception as error:  # of NVML, of its binding, of the rights to read the counters
+        print(f"no counters of the card: {type(error).__name__}: {error}", flush=True)
+        return None
 
 
 def _is_the_frame(copies: list[dict[str, Any]], frame_bytes: int) -> bool:

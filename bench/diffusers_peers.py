@@ -7,7 +7,8 @@ history noise computes what `VideoUNet` does, from the same weights (tests/test_
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,9 +20,15 @@ from mirage_hello.model.checkpoint import unpack_attention
 from mirage_hello.model.unet import UNetConfig
 
 
+@cache
 def available() -> bool:
-    """Whether diffusers is installed: it is no requirement of this project."""
-    return importlib.util.find_spec("diffusers") is not None
+    """Whether diffusers can be imported: it is no requirement of this project."""
+    try:
+        importlib.import_module("diffusers.models.unets.unet_2d_condition")
+    except (ImportError, RuntimeError) as error:
+        print(f"without diffusers: {(str(error).splitlines() or [''])[0]}", flush=True)
+        return False
+    return True
 
 
 class DiffusersUNet(nn.Module):

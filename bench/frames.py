@@ -49,6 +49,7 @@ SHARES = {
 PARITY_FRAMES = 4
 PROFILED_FRAMES = 10
 RATE_FRAMES = 200
+COUNTED_FRAMES = 600  # by the card's counters: 1.5 s
 WARM_UP_FRAMES = 5
 FRAME_SECONDS = 300.0
 
@@ -82,6 +83,8 @@ def frame_row(where: dict[str, str], models: Models, steps: int) -> Callable[...
         row["under_way"] = bus.pipelined(ours, played(clip, 0, RATE_FRAMES))
         if options.device == "cuda" and "profile" not in lost:
             begin("profile", MODEL_SECONDS)
+            counted = played(clip, 0, COUNTED_FRAMES)
+            row["device_use"] = bus.device_use(lambda: bus.pipelined(ours, counted))
             row["host_us"] = bus.host_us(ours, played(clip, 0, RATE_FRAMES))
             row["device"] = _device(streams, clip, row["under_way"]["us"])
             row["plan"] = {
