@@ -83,6 +83,7 @@ class Plan:
     apply_blocks: int = 1  # and of the second
     staging: str = "registers"  # where a one-pass plan of channels_last keeps x, or "shared"
     blocks_per_sm: int = 1  # that registers and shared memory must leave room for
+    alone: bool = False  # asks for more than half of the shared memory: a multiprocessor each
     estimate_us: float = 0.0
 
     @property
@@ -103,7 +104,7 @@ class Plan:
         used = 8 * pairs + 4 * self.lanes + 8 * (self.passes == 1)  # an mbarrier
         if self.staging == "shared":
             used = -(-used // 16) * 16 + self.threads * self.vecs * self.elements * shape.size
-        return used
+        return max(used, MAX_SMEM_BYTES // 2 + 1024) if self.alone else used
 
 
 @functools.lru_cache(maxsize=4096)

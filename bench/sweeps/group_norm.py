@@ -10,6 +10,7 @@ process of its own.
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
@@ -23,8 +24,12 @@ from mirage_hello.ptx import loader
 LIMIT_S = 120
 # How many plans of each kind: (passes, staging) -> count.
 MOST = {(1, "registers"): 7, (1, "shared"): 9, (2, "registers"): 3}
-# Vectors a turn of the loops over a slab in shared memory: short code is fetched soon.
-TURNS = ({"TURN": 1, "PARTS": 1}, {"TURN": 2, "PARTS": 1}, {"TURN": 4, "PARTS": 1})
+# Of a slab in shared memory: vectors a turn of the loops, and parts of it that are waited for.
+TURNS: list[dict] = [
+    {"TURN": t, "PARTS": p} for t, p in ((4, 1), (4, 3), (2, 2), (2, 3), (2, 6), (1, 4))
+]
+# When the next kernel may start: at this one's end, once it has its statistics; else at once.
+OVERLAPS: tuple[dict[str, str | int], ...] = ({"TRIGGER": "none"}, {"TRIGGER": "late"})
 TWO_PASS_HINTS = ({"STORE": ".cs"}, {"LOAD": ".cs", "STORE": ".cs"})
 GROUPS = 32
 SHAPES = {
@@ -100,11 +105,8 @@ def run_case(name: str) -> dict:
     if layout == "nhwc" and x.nbytes > 8e6:
         for hints in TWO_PASS_HINTS:
             extra[f"{label(two)} {hints}"] = contender(shape, two, x, weight, bias, **hints)
-    in_shared = next((p for p in tried if p.staging == "shared"), None)
-    if layout == "nhwc" and in_shared:
-        for turns in TURNS:
-            others = contender(shape, in_shared, x, weight, bias, **turns)
-            extra[f"{label(in_shared)} {turns}"] = others
+    if layout == "nhwc":
+        extra |= one_pass_variants(shape, tried, x, weight, bias)
     effort = harness.Effort(rounds=8, sample_us=600.0)
     timed = harness.measure({**peers, **extra, **good}, "cuda", effort=effort)
     medians = {key: t.median_us for key, t in timed.items()}
@@ -122,6 +124,23 @@ def run_case(name: str) -> dict:
         "plan": chosen,
         "wrong": wrong,
     }
+
+
+def one_pass_variants(shape: Shape, tried: list[Plan], x, weight, bias) -> dict:
+    """The three cheapest one-pass plans of each staging, overlapped and divided in other ways."""
+    found = {}
+    for staging in ("registers", "shared"):
+        able = [p for p in tried if (p.passes, p.staging) == (1, staging)][:3]
+        for p in able:
+            ways = [({}, replace(p, alone=True)), *((way, p) for way in OVERLAPS)]
+            ways.append((OVERLAPS[1], replace(p, alone=True)))
+            if staging == "shared":
+                ways += [(turns, p) for turns in TURNS if p.vecs % turns["TURN"] == 0
+                         and p.vecs // turns["TURN"] % turns["PARTS"] == 0]  # fmt: skip
+            for way, q in ways:
+                key = f"{label(q)}{' alone' * q.alone} {way or ''}"
+                found[key] = contender(shape, q, x, weight, bias, **way)
+    return found
 
 
 def contender(shape: Shape, p: Plan, x, weight, bias, **others: str | int):
