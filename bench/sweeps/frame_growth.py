@@ -3,9 +3,11 @@
 
     parity    error of the pictures after 1 and after 100 frames in closed loop, against float32
     long      10,000 frames of the 880m at 512x512: percentiles, the host's own time, the rate
-    sizes     880m at 512x512, 768x432, 1024x576, 1 to 4 steps, guidance: frame, plan, build, swap
+    sizes, sizes_391m
+              880m and 391m at 512x512, 768x432 and 1024x576, with and without guidance, and at 1 to
+              4 steps: frame, plan, seconds to build
+    swap      frames while another size is prepared, and the first one of it
     batch     880m's U-Net at batch 1 to 8
-    presets   tiny and 391m at 512x512
 
 Every case runs in a process of its own.
 """
@@ -13,6 +15,7 @@ Every case runs in a process of its own.
 import json
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -99,11 +102,11 @@ def long() -> dict:
     return result
 
 
-def sizes() -> dict:
-    pair = build("880m", 0, torch.bfloat16, "cuda")
-    result: dict = {}
+def sizes(preset: str = "880m") -> dict:
+    pair = build(preset, 0, torch.bfloat16, "cuda")
+    result: dict = {"parameters": sum(p.numel() for p in pair[0].parameters())}
 
-    def measure(name: str, size: tuple[int, int], **options: Any) -> FrameStream:
+    def measure(name: str, size: tuple[int, int], **options: Any) -> None:
         started = time.perf_counter()
         stream = FrameStream(*pair, size=size, **options)
         seconds = time.perf_counter() - started
@@ -111,19 +114,44 @@ def sizes() -> dict:
         pushed_us(stream, frames, 5)
         timed = pushed_us(stream, frames, 60)
         result[name] = {"frame_us": timed, "build_seconds": seconds, "plan": plan_of(stream)}
-        print(f"  {name}: {timed['p50']:.0f} us, built in {seconds:.1f} s", flush=True)
-        return stream
+        print(f"  {preset} {name}: {timed['p50']:.0f} us, built in {seconds:.1f} s", flush=True)
 
     for name, size in SIZES.items():
         measure(name, size)
+        measure(f"{name} guidance", size, guidance=3.0)
     for steps in (2, 3, 4):
         measure(f"512x512 {steps} steps", (512, 512), steps=steps)
-    stream = measure("512x512 guidance", (512, 512), guidance=3.0)
-    stream.prepare(432, 768)
-    frame = clip((432, 768), 1)[0]
-    torch.cuda.synchronize()
-    result["swap_us"] = pushed_us(stream, frame[None], 1)["p50"]
     return result
+
+
+def sizes_391m() -> dict:
+    return sizes("391m")
+
+
+def swap() -> dict:
+    """Frames of 512x512 go on while a thread prepares 768x432; then its first frame comes."""
+    stream = FrameStream(*build("880m", 0, torch.bfloat16, "cuda"), size=(512, 512))
+    small, large = clip((512, 512)), clip((432, 768))
+    pushed_us(stream, small, 50)
+    done: list[float] = []
+
+    def prepare() -> None:
+        started = time.perf_counter()
+        stream.prepare(432, 768)
+        done.append(time.perf_counter() - started)
+
+    thread, spans = threading.Thread(target=prepare), []
+    thread.start()
+    while thread.is_alive():
+        spans.append(pushed_us(stream, small, 1)["worst"])
+    before, plan = pushed_us(stream, small, 50), stream.plan
+    first = pushed_us(stream, large, 1)["worst"]
+    swapped = stream.plan is not plan
+    rest = pushed_us(stream, large, 20)
+    result = {"swap_us": first, "swapped": swapped, "before_us": before, "after_us": rest}
+    p50, p99 = np.percentile(spans, (50, 99))
+    result["while preparing"] = {"p50": p50, "p99": p99, "worst": max(spans), "frames": len(spans)}
+    return result | {"prepare_seconds": done[0]}
 
 
 def batch() -> dict:
@@ -151,23 +179,7 @@ def batch() -> dict:
     return result
 
 
-def presets() -> dict:
-    result: dict[str, Any] = {}
-    for name in ("tiny", "391m"):
-        stream = FrameStream(*build(name, 0, torch.bfloat16, "cuda"), size=(512, 512))
-        frames = clip((512, 512))
-        pushed_us(stream, frames, 10)
-        parameters = sum(p.numel() for p in stream.denoiser.parameters())
-        result[name] = {
-            "frame_us": pushed_us(stream, frames, 200),
-            "parameters": parameters,
-            "plan": plan_of(stream),
-        }
-        print(f"  {name}: {result[name]['frame_us']['p50']:.0f} us", flush=True)
-    return result
-
-
-CASES = {f.__name__: f for f in (long, parity, sizes, batch, presets)}
+CASES = {f.__name__: f for f in (parity, sizes, sizes_391m, swap, batch, long)}
 
 
 def main() -> int:
