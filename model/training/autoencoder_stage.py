@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mirage_hello.model.autoencoder import Autoencoder
+from mirage_hello.model.autoencoder import FACTOR, Autoencoder
 from mirage_hello.model.capture import Captured
 from mirage_hello.model.training.config import TrainConfig
 from mirage_hello.model.training.optimise import Optimiser, alone_in_half, autocast
@@ -19,6 +19,8 @@ LATENT_NOISE = 0.06  # of their deviation: the decoder must bear a diffusion mod
 LATENT_DECAY = 1e-3  # on mean square above 1: without it their scale wanders
 SCALE_BATCHES = 8  # batches over which the latents' deviation is measured at the end
 SIGMA_DATA = 0.5
+FURTHEST = 7  # pixels, of the moves that the latents must follow: less than one latent
+RIM = 2  # latents at the border that a moved frame's loss leaves out: a bicubic sample's reach
 
 
 def pyramid_loss(frames: Tensor, target: Tensor, levels: int = 3) -> Tensor:
@@ -37,22 +39,64 @@ def pyramid_loss(frames: Tensor, target: Tensor, levels: int = 3) -> Tensor:
     return total
 
 
+def translated(images: Tensor, move: Tensor, mode: str) -> Tensor:
+    """y(p) = x(p + move), move [B, 2] (x, y) in widths and heights; the border is repeated."""
+    matrix = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
+    matrix[:, :, 2] = 2 * move
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode, "border", align_corners=False)
+
+
 class AutoencoderLoss(nn.Module):
-    """frames -> (loss, mean squared error): one forward, so that DDP and FSDP can wrap it."""
+    """frames -> (loss, mean squared error, drift): one forward, so that DDP and FSDP can wrap it.
 
-    def __init__(self, autoencoder: Autoencoder) -> None:
+    The first frames of a batch are moved by whole pixels, which are fractions of a latent: decoding
+    the interpolated latents must give the moved frame, and encoding that must give the interpolated
+    latents. Without it a move of one pixel changes a latent's content beyond recognition (a
+    quarter of its deviation, and interpolation explained none of it), and a video model cannot
+    carry details from frame to frame. Source: the first half is EQ-VAE's regulariser (Kouzelis et
+    al. 2025) with translations; the second, the encoder's, is what a memory of latents needs.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, equivariance: float) -> None:
         super().__init__()
-        self.autoencoder = autoencoder
+        self.autoencoder, self.equivariance = autoencoder, equivariance
 
-    def forward(self, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """noise: standard normal of the latents' shape."""
-        latents = self.autoencoder.encode(frames.to(self.autoencoder.encoder.conv_in.weight.dtype))
-        deviation = latents.detach().float().std()
-        noisy = latents + LATENT_NOISE * deviation * noise
-        decoded = self.autoencoder.decode(noisy.to(latents.dtype)).float()
-        excess = F.relu(latents.float().square().mean() - 1)
-        loss = pyramid_loss(decoded, frames) + LATENT_DECAY * excess
-        return loss, (decoded - frames).square().mean()
+    def encode(self, frames: Tensor) -> Tensor:
+        dtype = self.autoencoder.encoder.conv_in.weight.dtype
+        return self.autoencoder.encode(frames.to(dtype)).float()
+
+    def forward(
+        self, frames: Tensor, noise: Tensor, moves: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """noise: standard normal of the latents' shape; moves: int64 [M, 2] pixels, of frames[:M].
+
+        drift: mean square of encoded(moved) - moved(encoded), over the latents' variance.
+        """
+        latents = self.encode(frames)
+        count, rim = len(moves), min(RIM, latents.shape[3] // 4)
+        deviation = latents.detach().std()
+        move = moves / frames.new_tensor([frames.shape[3], frames.shape[2]])
+        target = translated(frames[:count], move, "nearest")
+        moved = translated(latents[:count], move, "bicubic")
+        noisy = torch.cat((moved, latents[count:])) + LATENT_NOISE * deviation * noise
+        dtype = self.autoencoder.encoder.conv_in.weight.dtype
+        decoded = self.autoencoder.decode(noisy.to(dtype)).float()
+        drift = inner(self.encode(target) - moved, rim).square().mean() / deviation**2
+        share = count / len(frames)
+        still = pyramid_loss(decoded[count:], frames[count:])
+        pixels = rim * FACTOR
+        followed = pyramid_loss(inner(decoded[:count], pixels), inner(target, pixels))
+        excess = F.relu(latents.square().mean() - 1)
+        loss = (1 - share) * still + share * followed + self.equivariance * drift
+        error = (decoded[count:] - frames[count:]).square().mean()
+        return loss + LATENT_DECAY * excess, error, drift
+
+
+def inner(images: Tensor, rim: int) -> Tensor:
+    """Without the outer `rim` rows and columns."""
+    height, width = images.shape[2:]
+    return images[:, :, rim : height - rim, rim : width - rim]
 
 
 class AutoencoderStage:
@@ -65,7 +109,7 @@ class AutoencoderStage:
         self.steps = config.autoencoder_steps
         self.autoencoder = autoencoder.to(workers.device).train()
         # Half a million parameters: replicas even where the video model is sharded.
-        self.module = workers.wrap(AutoencoderLoss(self.autoencoder), "ddp")
+        self.module = workers.wrap(AutoencoderLoss(self.autoencoder, config.equivariance), "ddp")
         self.half = alone_in_half(config, workers.ranks)
         self.optimiser = Optimiser(self.module, config, config.autoencoder_lr, self.half)
         self.pool = FramePool(config, workers.device, workers.rank, workers.ranks)
@@ -94,15 +138,17 @@ class AutoencoderStage:
         side = config.size // 8
         shape = (len(frames), self.autoencoder.config.latent_channels, side, side)
         noise = torch.randn(shape, generator=self.generator, device=self.workers.device)
+        moves = torch.randint(
+            -FURTHEST, FURTHEST + 1, (len(frames) // 2, 2),
+            generator=self.generator, device=self.workers.device,
+        )  # fmt: skip
         with nullcontext() if self.half else autocast(config, self.workers.device):
-            loss, error = self.module(frames, noise)
+            loss, error, drift = self.module(frames, noise, moves)
         norm = self.optimiser.apply(loss)
         # 4: the range [-1, 1] has length 2, and PSNR is for a range of length 1.
         psnr = -10 * (error.detach() / 4).log10()
-        return {"loss": loss.detach(), "psnr": psnr, "norm": norm}, {
-            "frames": frames,
-            "noise": noise,
-        }
+        metrics = {"loss": loss.detach(), "psnr": psnr, "drift": drift.detach(), "norm": norm}
+        return metrics, {"frames": frames, "noise": noise, "moves": moves}
 
     @torch.no_grad()
     def finish(self) -> None:

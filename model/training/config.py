@@ -27,6 +27,7 @@ class TrainConfig:
     model: str = "tiny"  # a preset of mirage_hello.model.PRESETS
     seed: int = 0
     autoencoder: str = ""  # take it from this checkpoint (or --compact folder), skip its training
+    start: str = ""  # weights to begin with: a checkpoint (or --compact folder)
     # Data: rendered worlds, or with `video` real clips (a folder or .tar shards).
     video: str = ""
     size: int = 256  # pixels a side
@@ -49,6 +50,7 @@ class TrainConfig:
     # Optimisation.
     autoencoder_batch: int = 48
     autoencoder_lr: float = 1.5e-3
+    equivariance: float = 0.25  # weight of the latents' drift where a frame moves
     batch: int = 128
     lr: float = 5e-4
     distill_lr: float = 1e-4

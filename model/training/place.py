@@ -51,8 +51,11 @@ class Place:
         if self.samples and importlib.util.find_spec("av") is None:
             self.say("samples are pictures alone: PyAV is not installed (pip install av)")
         self.loaded: dict[str, Any] | None = None
+        if config.start:
+            self.borrow(Path(config.start), "start", ("autoencoder", "denoiser"))
         if config.autoencoder:
-            self.borrow(Path(config.autoencoder))
+            self.borrow(Path(config.autoencoder), "autoencoder", ("autoencoder",))
+            self.autoencoder.trained = True
         if options.resume or options.resume_from:
             self.resume()
         elif states.checkpoints(out / "checkpoints"):
@@ -65,18 +68,21 @@ class Place:
             self.journal = Journal(out, options.tensorboard, at)
             (out / "config.json").write_text(json.dumps(as_dict(config), indent=1) + "\n")
 
-    def borrow(self, path: Path) -> None:
-        """Take a finished autoencoder from a checkpoint or from a compact state."""
+    def borrow(self, path: Path, setting: str, parts: tuple[str, ...]) -> None:
+        """Take the weights of these parts from a checkpoint or from a compact state."""
         try:
             if path.is_dir():
-                weights = states.load_compact(path)["autoencoder"]
+                found = states.load_compact(path)
             else:
-                weights = checkpoint.load(path)[1].state_dict()
+                denoiser, autoencoder = checkpoint.load(path)[:2]
+                found = {"autoencoder": autoencoder.state_dict(), "denoiser": denoiser.state_dict()}
         except (ValueError, FileNotFoundError) as error:
-            raise TrainingError(f"config: autoencoder={str(path)!r}: {error}") from error
-        states.check_shapes(weights, self.autoencoder, f"autoencoder of {path}")
-        self.autoencoder.load_state_dict(weights)
-        self.autoencoder.trained = True
+            raise TrainingError(f"config: {setting}={str(path)!r}: {error}") from error
+        for part in parts:
+            if part not in found:
+                raise TrainingError(f"config: {setting}={str(path)!r}: it has no {part}")
+            states.check_shapes(found[part], getattr(self, part), f"{part} of {path}")
+            getattr(self, part).load_state_dict(found[part])
 
     def resume(self) -> None:
         """Take the weights and the place from the newest checkpoint or the compact form."""
