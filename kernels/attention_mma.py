@@ -79,12 +79,12 @@ def attention_sm80(
     """See ops.attention; ptx/attention.sm80.ptx.j2. `tile` replaces the chosen one."""
     b, n, h, d = q.shape
     kind = ELEMENT[q.dtype][1]
-    tile = tile or choose_tile(d, n, b * h, _multiprocessors(q))
+    tile = tile or choose_tile(d, n, b * h, multiprocessors(q))
     return _launch(tile.program(d, kind), f"attention_{kind}", tile, q, k, v, scale)
 
 
-def _multiprocessors(t: Tensor) -> int:
-    """1 for a CPU tensor: the emulator has no use for a full card."""
+def multiprocessors(t: Tensor) -> int:
+    """Of the tensor's card; 1 for a CPU tensor: the emulator has no use for a full card."""
     if not t.is_cuda:
         return 1
     return torch.cuda.get_device_properties(t.device).multi_processor_count
