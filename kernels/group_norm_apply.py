@@ -1,6 +1,6 @@
 """group_norm_apply: GroupNorm (and SiLU) of cat([x, skip]) whose statistics are known, NHWC.
 
-    y = act((x - mean_g) / sqrt(var_g + eps) * weight_c + bias_c)
+    y = act((x - mean_g) / sqrt(var_g + eps) * weight_c + bias_c)         or e4m3(y / out_scale)
 
 The convolution that made x left its sums (conv2d_fused.Norm says what they are), so x is read once
 and written once, and the concatenation is never made: it is what is written.
@@ -36,7 +36,11 @@ class Cut:
 
 
 def group_norm_apply(
-    x: Tensor, norm: Norm, skip: Tensor | None = None, cut: Cut | None = None
+    x: Tensor,
+    norm: Norm,
+    skip: Tensor | None = None,
+    cut: Cut | None = None,
+    out_scale: float | None = None,
 ) -> Tensor:
     """act((x - mean_g) / sqrt(var_g + eps) * weight_c + bias_c) of cat([x, skip]).
 
@@ -45,17 +49,24 @@ def group_norm_apply(
         norm: sums [B, S, C / unit, 4] of x, skip_sums of the skip, groups of both together.
         skip: [B, C', H, W] like x, or None.
         cut: overrides the choice.
+        out_scale: None, or the unit of an e4m3 output for conv2d_fp8 (its `x_scale`): values are
+            divided by it and rounded once, saturated at 448 units.
 
     Returns:
-        [B, C + C', H, W] channels_last, x's dtype.
+        [B, C + C', H, W] channels_last, x's dtype, or float8_e4m3fn with out_scale.
 
     Raises:
-        ValueError: a layout, or sums that do not fit the groups.
+        ValueError: a layout, sums that do not fit the groups, an out_scale that is not above 0.
 
     Numerics: sums merged in float32, the squares measured from the merged mean; one rounding.
     """
     shape = _check(x, norm, skip)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if out_scale is not None and not 0 < out_scale < math.inf:
+        raise ValueError(
+            f"group_norm_apply: out_scale must be above 0 (got {out_scale}); calibrate it"
+        )
+    dtype = x.dtype if out_scale is None else torch.float8_e4m3fn
+    out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     if out.numel() == 0:
         return out
     norm = merged_early(norm, x)  # else every block would read thousands of entries
@@ -64,10 +75,12 @@ def group_norm_apply(
     cut = cut or choose_cut(images, pixels, norm.groups, width * x.element_size())
     columns = cut.slab_groups * width * x.element_size() // 16
     chunk = cut.threads // columns * cut.vecs
-    program = _program(x, norm, skip, cut, columns)
+    program = _program(x, norm, skip, cut, columns, out_scale is not None)
     grid = (-(-pixels // chunk), norm.groups // cut.slab_groups, images)
     args = (x, skip, norm.sums, norm.skip_sums, norm.weight, norm.bias, out, pixels, norm.eps)
-    program.launch(f"group_norm_apply_{SUFFIX[x.dtype]}", grid, (cut.threads,), args)
+    name = "group_norm_apply" if out_scale is None else "group_norm_apply_to_e4m3"
+    scale = () if out_scale is None else (1.0 / out_scale,)
+    program.launch(f"{name}_{SUFFIX[x.dtype]}", grid, (cut.threads,), (*args, *scale))
     return out
 
 
@@ -92,7 +105,9 @@ def choose_cut(images: int, pixels: int, groups: int, group_bytes: int) -> Cut:
     return Cut(slab_groups, threads, min(MAX_VECS, vecs))
 
 
-def _program(x: Tensor, norm: Norm, skip: Tensor | None, cut: Cut, columns: int) -> loader.Program:
+def _program(
+    x: Tensor, norm: Norm, skip: Tensor | None, cut: Cut, columns: int, quantise: bool = False
+) -> loader.Program:
     channels = norm.weight.numel()
     width, elements = channels // norm.groups, 16 // x.element_size()
     activation = "silu" if norm.silu else "none"
@@ -102,6 +117,7 @@ def _program(x: Tensor, norm: Norm, skip: Tensor | None, cut: Cut, columns: int)
         "group_norm_apply",
         dtype=SUFFIX[x.dtype],
         ACTIVATION=activation,
+        QUANTISE=quantise,
         OVERLAP=overlaps(x.get_device()),
         CHANNELS=channels,
         X_CHANNELS=x.shape[1],

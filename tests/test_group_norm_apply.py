@@ -87,6 +87,24 @@ def test_every_cut_computes_the_same(cut, device):
     assert torch.equal(group_norm_apply(*args, cut=cut), group_norm_apply(*args))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[4]], ids=str)
+def test_e4m3_output_is_one_rounding(shape, dtype, device):
+    """Half a step of e4m3 from the exact value, and values past the range saturate."""
+    x, norm, skip = problem(shape, dtype, device)
+    wide = Norm(norm.sums, norm.groups, norm.weight.double(), norm.bias.double())
+    truth = page.torch_form(x.double(), wide, None if skip is None else skip.double())
+    for out_scale in (truth.abs().max().item() / 448, truth.abs().max().item() / 2000):
+        out = group_norm_apply(x, norm, skip, out_scale=out_scale)
+        assert out.dtype == torch.float8_e4m3fn
+        exact = (truth / out_scale).clamp(-448, 448)
+        step = torch.exp2(exact.abs().clamp(min=2**-6).log2().floor() - 3)  # 3 bits of mantissa
+        # half a step, and what the float32 value was wrong by
+        assert ((out.double() - exact).abs() <= 0.502 * step + 0.003 * exact.abs()).all()
+    with pytest.raises(ValueError, match="out_scale must be above 0"):
+        group_norm_apply(x, norm, skip, out_scale=0.0)
+
+
 @pytest.mark.parametrize(
     ("channels", "edge"), [(320, 64), (960, 64), (640, 32), (1920, 32), (2560, 16), (1280, 8)]
 )
@@ -98,12 +116,13 @@ def test_ptx_of_the_unet_assembles_within_its_budget(channels, edge):
     cut = choose_cut(1, edge * edge, 32, channels // 32 * 2)
     columns = cut.slab_groups * channels // 32 // 8
     assert all(t * -(-65536 // columns) >> 16 == t // columns for t in range(cut.threads))
-    text = page._program(x, norm, None, cut, columns).text
-    assert text.isascii()
-    budget = int(re.search(r"// Budget +registers <= (\d+)", text)[1])
-    _, report = assembler.ptxas(text, "sm_90a", ("-v",))
-    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= budget, report
-    assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}, report
+    for quantise in (False, True):
+        text = page._program(x, norm, None, cut, columns, quantise).text
+        assert text.isascii()
+        budget = int(re.search(r"// Budget +registers <= (\d+)", text)[1])
+        _, report = assembler.ptxas(text, "sm_90a", ("-v",))
+        assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= budget, report
+        assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}, report
 
 
 def test_bad_input():
