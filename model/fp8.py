@@ -28,6 +28,11 @@ def scale_of(layer: nn.Module) -> float | None:
     return layer.__dict__.get("_fp8_scale")
 
 
+def in_use(layer: nn.Module) -> bool:
+    """Whether any layer of its network multiplies in e4m3."""
+    return bool(layer.__dict__.get("_fp8_in_use"))
+
+
 def note(layer: nn.Conv2d | nn.Linear, x: Tensor) -> None:
     """While a clip is calibrated: the largest value of what the layer reads."""
     if torch.compiler.is_compiling():
@@ -81,5 +86,6 @@ def use(denoiser: nn.Module, scales: Mapping[str, float]) -> None:
         raise ValueError(f"fp8.use: the denoiser has no layer {unknown[0]}; calibrate it again")
     for name, layer in layers.items():
         layer.__dict__.pop("_fp8_scale", None)
+        layer.__dict__["_fp8_in_use"] = bool(scales)
         if name in scales:
             layer.__dict__["_fp8_scale"] = float(scales[name])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,29 @@ HALF = (torch.bfloat16, torch.float16)
 CHANNELS = 8  # TMA moves 16 bytes: channels of a convolution come in multiples of 8
 # A backend of conv2d_fused, None for op by op, or what the policy says.
 _chosen: ContextVar[str | None] = ContextVar("fused backend", default="policy")
-_on_load: ContextVar[tuple[int, ...]] = ContextVar("windows normalised on load", default=())
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Where two ways compute the same: the one that is taken, by measurement (docs/plan.md).
+
+    Args:
+        sums_from: pixels of a batch of images from which on a convolution leaves sums for the
+            next GroupNorm; with fewer the norm takes its own statistics, which costs a pass less
+            than the sums in the epilogue do.
+        folds_from, folds_q_from: K from which on a LayerNorm is folded into q, k, v and the GEGLU
+            behind it, or into the q of a cross-attention; below it is a pass of its own.
+        on_load: windows (1, 3) of the convolutions that normalise what they load.
+    """
+
+    sums_from: int = 0
+    folds_from: int = 0
+    folds_q_from: int = 0
+    on_load: tuple[int, ...] = ()
+
+
+MEASURED = Ways()
+_ways: ContextVar[Ways] = ContextVar("ways of layers", default=MEASURED)
 
 
 class Image(NamedTuple):
@@ -56,14 +79,13 @@ def fusing(backend: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def normalising_on_load(*windows: int) -> Iterator[None]:
-    """Within the block, convolutions with these windows (1, 3) normalise what they load; the others
-    leave it to a pass of its own."""
-    token = _on_load.set(windows)
+def going(ways: Ways) -> Iterator[None]:
+    """Within the block, layers take these ways."""
+    token = _ways.set(ways)
     try:
         yield
     finally:
-        _on_load.reset(token)
+        _ways.reset(token)
 
 
 def fused_backend(x: Tensor, op: str = "conv2d") -> str | None:
@@ -105,10 +127,13 @@ def convolve(
     """
     backend = fused_backend(x.pixels)
     statistics = None
+    stride, padding = conv.stride[0], int(conv.padding[0])
+    if backend is not None and unit and not leaves_sums(x.pixels, conv, 2 if upsample else 1):
+        unit = 0
     if norm is not None:
         if backend is not None:
             scale = fp8.scale_of(conv) if backend == "ptx" else None
-            if scale is not None or conv.kernel_size[0] in _on_load.get():
+            if scale is not None or conv.kernel_size[0] in _ways.get().on_load:
                 statistics = _statistics(x, skip, norm, norm_silu)
             if statistics is not None and scale is not None:
                 return _convolve_fp8(x, conv, statistics, skip, channel_bias, residual, unit, scale)
@@ -117,7 +142,6 @@ def convolve(
             fp8.note(conv, x.pixels)
     weight, bias = (conv.weight, conv.bias) if backend is None else padded(conv)
     pixels, outputs = _pad_channels(x.pixels, weight, skip), conv.out_channels
-    stride, padding = conv.stride[0], int(conv.padding[0])
     args = (stride, padding, channel_bias, residual, skip and skip.pixels, upsample)
     if backend is None or not (statistics or silu or unit):
         out = _first_channels(ops.conv2d(pixels, weight, bias, *args), outputs)
@@ -127,6 +151,14 @@ def convolve(
         activation="silu" if silu else None, backend=backend,
     )  # fmt: skip
     return Image(_first_channels(out, outputs), sums)
+
+
+def leaves_sums(x: Tensor, conv: nn.Conv2d, enlarged: int = 1) -> bool:
+    """Whether a convolution of x, enlarged so many times, leaves sums of what it makes."""
+    batch, _, *sides = x.shape
+    rows, columns = (-(-n * enlarged // conv.stride[0]) for n in sides)
+    # The convolutions in e4m3 normalise what they load, and cannot without sums.
+    return batch * rows * columns >= _ways.get().sums_from or fp8.in_use(conv)
 
 
 def _convolve_fp8(
@@ -182,7 +214,7 @@ def _statistics(
 
 def project_in(x: Image, conv: nn.Conv2d, norm: nn.GroupNorm) -> Tensor:
     """conv(norm(x)) of a 1x1 convolution, without SiLU, [B, C, H, W] channels-last."""
-    if fused_backend(x.pixels) and x.sums is not None and 1 in _on_load.get():
+    if fused_backend(x.pixels) and x.sums is not None and 1 in _ways.get().on_load:
         return convolve(x, conv, norm, norm_silu=False).pixels
     h = normalise(x, norm, silu=False).pixels.permute(0, 2, 3, 1)
     return ops.linear(h, conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
@@ -214,7 +246,7 @@ def gated(x: Tensor, linear: nn.Linear, norm: nn.LayerNorm) -> Tensor:
 
 def feed_forward(h: Tensor, gate: nn.Linear, out: nn.Linear, norm: nn.LayerNorm) -> Tensor:
     """h + out(geglu(layer_norm(h)))."""
-    scale = fp8.scale_of(out) if _folds(h, gate) == "ptx" else None
+    scale = fp8.scale_of(out) if _folds(h, gate, always=True) == "ptx" else None
     if scale is None:
         x = gated(h, gate, norm)
         fp8.note(out, x)
@@ -232,11 +264,15 @@ def feed_forward(h: Tensor, gate: nn.Linear, out: nn.Linear, norm: nn.LayerNorm)
     return linear_fp8.linear_fp8(x, packed, h)
 
 
-def _folds(x: Tensor, linear: nn.Linear) -> str | None:
+def _folds(x: Tensor, linear: nn.Linear, always: bool = False) -> str | None:
     """The kernel takes K in blocks of 64; the gate halves N."""
-    if linear.in_features % 64 or linear.out_features % 16:
-        return None
-    return fused_backend(x, "linear")
+    depth = linear.in_features
+    backend = None if depth % 64 or linear.out_features % 16 else fused_backend(x, "linear")
+    if backend is None or always:
+        return backend
+    ways = _ways.get()
+    is_q = linear.out_features == depth
+    return backend if depth >= (ways.folds_q_from if is_q else ways.folds_from) else None
 
 
 # Weights made of weights

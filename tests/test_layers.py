@@ -1,5 +1,7 @@
 """Fused layers against the same layers op by op, and weights made of weights."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from mirage_hello.model import (
     layers,
 )
 from mirage_hello.model.layers import Image, convolve
+from mirage_hello.ptx import loader
 
 # Groups of 4, 8 and, over two inputs, 12 and 16 channels: sums of 4.
 CONFIG = UNetConfig(
@@ -40,7 +43,7 @@ def test_a_fused_unet_is_the_plain_one(size, on_load, monkeypatch) -> None:
     with torch.no_grad():
         plain = unet(*args)
         assert not calls
-        with layers.fusing("torch"), layers.normalising_on_load(*on_load):
+        with layers.fusing("torch"), layers.going(layers.Ways(on_load=on_load)):
             fused = unet(*args)
     assert any(kw["norm"] is not None for kw in calls) == bool(on_load)
     assert any(kw["unit"] for kw in calls)
@@ -48,16 +51,29 @@ def test_a_fused_unet_is_the_plain_one(size, on_load, monkeypatch) -> None:
     torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4 * plain.std().item())
 
 
-def test_the_emulated_kernels_make_the_same_unet() -> None:
-    """Every fused kernel in the U-Net's own order: error at most twice the plain bfloat16's."""
-    unet, args = VideoUNet(CONFIG).eval(), unet_inputs(8, 8)
+FUSED = layers.Ways(sums_from=0, folds_from=0, folds_q_from=0)
+APART = layers.Ways(sums_from=2**31, folds_from=2**31, folds_q_from=2**31)
+MIXED = layers.Ways(sums_from=64, folds_from=64, folds_q_from=2**31)  # sums at 8x8 alone
+
+
+@pytest.mark.parametrize("ways", [FUSED, MIXED, APART])
+def test_the_emulated_kernels_make_the_same_unet(ways: layers.Ways) -> None:
+    """Every kernel in the U-Net's own order: error at most twice the plain bfloat16's."""
+    unet, args, names = VideoUNet(CONFIG).eval(), unet_inputs(8, 8), Counter()
+
+    def note(name: str, entry: str, *rest) -> None:
+        names[entry] += 1
+
     half = [args[0].bfloat16(), args[1], args[2].bfloat16()]
     with torch.no_grad():
         truth = unet(*args)
         unet = unet.bfloat16()
         plain = unet(*half)
-        with use("ptx-emulated"):
+        with use("ptx-emulated"), layers.going(ways), loader.watched(note):
             fused = unet(*half)
+    # Of 31 norms 16 read 8 x 8 pixels; only the middle's transformer has a K in blocks of 64.
+    assert names["group_norm_apply_bf16"] == {FUSED: 31, MIXED: 16, APART: 0}[ways]
+    assert names["row_statistics_bf16"] == {FUSED: 3, MIXED: 2, APART: 0}[ways]
 
     def error(out: torch.Tensor) -> float:
         return ((out.float() - truth).norm() / truth.norm()).item()

@@ -25,8 +25,8 @@ LIMIT_S = 120
 FRAMES = 300
 VARIANTS = {
     "all": (),
-    "1x1 normalised on load": (lambda: layers.normalising_on_load(1),),
-    "normalised on load": (lambda: layers.normalising_on_load(1, 3),),
+    "1x1 normalised on load": (lambda: layers.going(layers.Ways(on_load=(1,))),),
+    "normalised on load": (lambda: layers.going(layers.Ways(on_load=(1, 3))),),
     "fp8": (),
     "without overlap": (programmatic.without_overlap,),
     "op by op": (lambda: layers.fusing(None),),
