@@ -47,7 +47,7 @@ class Tile:
         rows = -(-head_dim // 64) * 64 * self.warpgroups
         stage = 2 * self.block_n + -(-self.block_n // 128) * head_dim
         sums = 64 * self.warpgroups * head_dim * 4 if self.promote and self.sums_in_shared else 0
-        return (rows + self.stages * stage) * 128 + sums + (40 if split else 8) + 48 * self.stages
+        return (rows + self.stages * stage) * 128 + sums + (36 if split else 8) + 48 * self.stages
 
     def program(self, head_dim: int, split: bool = False) -> loader.Program:
         return loader.program(

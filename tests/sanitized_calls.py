@@ -128,9 +128,16 @@ def attention_hopper() -> Iterator[SanitizedCall]:
 
 
 def attention_fp8_hopper() -> Iterator[SanitizedCall]:
-    for n, m, h, d in [(130, 300, 2, 128), (70, 300, 2, 64), (1, 1, 1, 16), (20, 77, 1, 80)]:
-        parts = [attention_fp8.quantize(torch.randn(1, length, h, d)) for length in (n, m, m)]
-        args = tuple(t for t, _ in parts) + tuple(s for _, s in parts)
+    """Whole tiles and, of the last two shapes, tiles split along the keys."""
+    for n, m, h, d in [
+        (130, 300, 2, 128), (70, 300, 2, 64), (1, 1, 1, 16), (20, 77, 1, 80),
+        (193, 2100, 72, 128), (70, 2100, 2, 64),
+    ]:  # fmt: skip
+        (q, q_scale), (k, k_scale) = (
+            attention_fp8.quantize(torch.randn(1, length, h, d)) for length in (n, m)
+        )
+        v, v_scale, v_mean = attention_fp8.quantize_values(torch.randn(1, m, h, d))
+        args = (q, k, v, q_scale, k_scale, v_scale, v_mean)
         run, truth = attention_fp8.attention_fp8, attention_fp8.reference
         yield SanitizedCall(f"h{h} {n}x{m} d{d}", run, truth, args, ALLOWED_FP8)
 
