@@ -76,7 +76,8 @@ class AutoencoderLoss(nn.Module):
         latents = self.encode(frames)
         count, rim = len(moves), min(RIM, latents.shape[3] // 4)
         deviation = latents.detach().std()
-        move = moves / frames.new_tensor([frames.shape[3], frames.shape[2]])
+        # By numbers of the host: a captured step may not copy a tensor from it.
+        move = torch.stack((moves[:, 0] / frames.shape[3], moves[:, 1] / frames.shape[2]), 1)
         target = translated(frames[:count], move, "nearest")
         moved = translated(latents[:count], move, "bicubic")
         noisy = torch.cat((moved, latents[count:])) + LATENT_NOISE * deviation * noise
