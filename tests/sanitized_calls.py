@@ -128,18 +128,24 @@ def attention_hopper() -> Iterator[SanitizedCall]:
 
 
 def attention_fp8_hopper() -> Iterator[SanitizedCall]:
-    """Whole tiles and, of the last two shapes, tiles split along the keys."""
-    for n, m, h, d in [
-        (130, 300, 2, 128), (70, 300, 2, 64), (1, 1, 1, 16), (20, 77, 1, 80),
-        (193, 2100, 72, 128), (70, 2100, 2, 64),
-    ]:  # fmt: skip
+    """Whole tiles as they are chosen, then tiles split along the keys."""
+    tile, split = attention_fp8.Tile, partial(attention_fp8.attention_fp8, multiprocessors=4)
+    tall = partial(split, tile=tile(3, 32, 2, 4, sums_in_shared=True))
+    for n, m, h, d, run in [
+        (130, 300, 2, 128, attention_fp8.attention_fp8),
+        (70, 300, 2, 64, attention_fp8.attention_fp8),
+        (1, 1, 1, 16, attention_fp8.attention_fp8),
+        (20, 77, 1, 80, attention_fp8.attention_fp8),
+        (130, 520, 1, 128, tall),
+        (70, 520, 1, 64, partial(split, tile=tile(1, 32, 2, 4))),
+    ]:
         (q, q_scale), (k, k_scale) = (
             attention_fp8.quantize(torch.randn(1, length, h, d)) for length in (n, m)
         )
         v, v_scale, v_mean = attention_fp8.quantize_values(torch.randn(1, m, h, d))
         args = (q, k, v, q_scale, k_scale, v_scale, v_mean)
-        run, truth = attention_fp8.attention_fp8, attention_fp8.reference
-        yield SanitizedCall(f"h{h} {n}x{m} d{d}", run, truth, args, ALLOWED_FP8)
+        name = f"h{h} {n}x{m} d{d}"
+        yield SanitizedCall(name, run, attention_fp8.reference, args, ALLOWED_FP8)
 
 
 def attention_ampere() -> Iterator[SanitizedCall]:
