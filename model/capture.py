@@ -32,7 +32,7 @@ class Captured:
     Args:
         device: graphs exist on CUDA; elsewhere each body is simply called.
         generator: what the bodies draw from; a replay advances it as a call would.
-        enabled: False calls each body, for steps that talk to other processes.
+        enabled: False calls each body. A body may talk to other processes through NCCL.
     """
 
     def __init__(
@@ -72,7 +72,10 @@ class Captured:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
+        # Thread by thread: NCCL's watchdog asks for its events while this thread captures.
+        with torch.cuda.graph(
+            graph, pool=self.memory, stream=self.stream, capture_error_mode="thread_local"
+        ):
             metrics, batch = body()
         self.memory = graph.pool()
         return graph, metrics, batch

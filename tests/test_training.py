@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from training_driver import Fault, add_minute_model, start
+from training_driver import Fault, add_minute_model, free_port, replica, start
 
 from mirage_hello.model import checkpoint
 from mirage_hello.model.presets import PRESETS, build
@@ -310,9 +311,13 @@ def test_a_killed_run_continues_its_loss_curve(tmp_path):
     assert losses(tmp_path / "killed") == whole
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_train_together(tmp_path, parallel):
-    config = quick(video_steps=4, checkpoint_every=3, parallel=parallel, keep=9)
+@pytest.mark.parametrize(
+    ("parallel", "precision"), [("ddp", "fp32"), ("ddp", "bf16"), ("fsdp", "fp32")]
+)
+def test_two_processes_train_together(tmp_path, parallel, precision):
+    config = quick(
+        video_steps=4, checkpoint_every=3, parallel=parallel, precision=precision, keep=9
+    )
     options = Options(device="cpu", quiet=True)
     codes, texts = start(config, tmp_path, options, ranks=2).finish()
     assert codes == [0, 0], texts
@@ -326,6 +331,26 @@ def test_two_processes_train_together(tmp_path, parallel):
     options.resume = True
     with pytest.raises(TrainingError, match=r"written by 2 processes .* resume with as many"):
         train(config, tmp_path, options)
+
+
+def test_replicas_in_half_precision_step_as_one_with_the_mean_gradient(tmp_path):
+    config = quick(precision="bf16", warmup=1, ema=0.5)
+    context = multiprocessing.get_context("forkserver")
+    for ranks in (1, 2):
+        port, processes = free_port(), []
+        for rank in range(ranks):
+            arguments = (rank, ranks, port, tmp_path / f"{rank}-of-{ranks}.pt", config)
+            processes.append(context.Process(target=replica, args=arguments))
+            processes[-1].start()
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
+    alone, first, second = (
+        torch.load(tmp_path / f"{n}.pt") for n in ("0-of-1", "0-of-2", "1-of-2")
+    )
+    for one, two, three in zip(alone, first, second, strict=True):
+        assert torch.equal(two, three)
+        assert torch.allclose(one, two, rtol=1e-2, atol=1e-3)
 
 
 def test_a_lost_rank_is_one_sentence_and_the_run_goes_on_exactly(tmp_path):

@@ -11,10 +11,15 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from torch import nn
+
 from mirage_hello.model.autoencoder import AutoencoderConfig
 from mirage_hello.model.denoiser import DenoiserConfig
 from mirage_hello.model.presets import PRESETS, Preset
 from mirage_hello.model.training import Options, TrainConfig, TrainingError, train
+from mirage_hello.model.training.optimise import Optimiser
 from mirage_hello.model.training.video_stage import VideoStage
 from mirage_hello.model.unet import UNetConfig
 
@@ -63,9 +68,7 @@ def start(
     config: TrainConfig, out: Path, options: Options, ranks: int = 1, fault: Fault | None = None
 ) -> Started:
     """Train in `ranks` new processes joined by gloo, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context, started = multiprocessing.get_context("forkserver"), Started()
     context.set_forkserver_preload(["mirage_hello.model.training"])
     out.mkdir(parents=True, exist_ok=True)
@@ -78,6 +81,31 @@ def start(
         started.processes.append(process)
         started.texts.append(text)
     return started
+
+
+def replica(rank, ranks, port, path, config) -> None:
+    """Two steps of a layer in half precision on data of this rank's own; saves its weights."""
+    address = f"tcp://127.0.0.1:{port}"
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
+    torch.manual_seed(rank)  # ranks begin with different weights: the first one's count
+    layer = nn.Linear(4, 3)
+    optimiser = Optimiser(layer, config, 0.1, half=True, ranks=ranks)
+    for number in range(2):
+        losses = [layer(batch_of(r, number)).square().mean() for r in range(2)]
+        loss = losses[rank] if ranks > 1 else (losses[0] + losses[1]) / 2
+        optimiser.step(loss, 0.5)
+    torch.save(optimiser.weights, path)
+
+
+def batch_of(rank: int, number: int) -> torch.Tensor:
+    return torch.arange(8.0).view(2, 4).bfloat16() * (1 + rank) / 8 - number
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def child(config, out, options, rank, ranks, port, fault, text) -> None:

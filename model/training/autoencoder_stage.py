@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mirage_hello.model.autoencoder import FACTOR, Autoencoder
 from mirage_hello.model.capture import Captured
 from mirage_hello.model.training.config import TrainConfig
-from mirage_hello.model.training.optimise import Optimiser, alone_in_half, autocast
+from mirage_hello.model.training.optimise import Optimiser, autocast, in_half
 from mirage_hello.model.training.parallel import Workers
 from mirage_hello.model.training.pool import FramePool
 
@@ -109,14 +109,17 @@ class AutoencoderStage:
         self.config, self.workers = config, workers
         self.steps = config.autoencoder_steps
         self.autoencoder = autoencoder.to(workers.device).train()
+        self.half = in_half(config, workers.ranks)
+        module = AutoencoderLoss(self.autoencoder, config.equivariance)
         # Half a million parameters: replicas even where the video model is sharded.
-        self.module = workers.wrap(AutoencoderLoss(self.autoencoder, config.equivariance), "ddp")
-        self.half = alone_in_half(config, workers.ranks)
-        self.optimiser = Optimiser(self.module, config, config.autoencoder_lr, self.half)
+        self.module = module if self.half else workers.wrap(module, "ddp")
+        self.optimiser = Optimiser(
+            self.module, config, config.autoencoder_lr, self.half, workers.ranks
+        )
         self.pool = FramePool(config, workers.device, workers.rank, workers.ranks)
         self.generator = workers.generator(config.seed, 1)
         self.captured = Captured(
-            workers.device, self.generator, config.graphs and workers.ranks == 1
+            workers.device, self.generator, config.graphs and (workers.ranks == 1 or self.half)
         )
         self.batch: dict[str, Tensor] = {}
 

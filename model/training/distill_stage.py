@@ -39,7 +39,7 @@ class DistillStage(VideoStage):
         self.optimiser.lr = config.distill_lr
         self.generator = workers.generator(config.seed, 3)
         self.captured = Captured(
-            workers.device, self.generator, config.graphs and workers.ranks == 1
+            workers.device, self.generator, config.graphs and (workers.ranks == 1 or self.half)
         )
         if self.half:
             teacher.bfloat16()

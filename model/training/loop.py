@@ -22,7 +22,7 @@ from mirage_hello.model.training.autoencoder_stage import AutoencoderStage
 from mirage_hello.model.training.config import STAGES, TrainConfig, TrainingError
 from mirage_hello.model.training.distill_stage import DistillStage
 from mirage_hello.model.training.norms import fused_norms
-from mirage_hello.model.training.optimise import alone_in_half
+from mirage_hello.model.training.optimise import in_half
 from mirage_hello.model.training.place import Options, Place
 from mirage_hello.model.training.profile import write_profile
 from mirage_hello.model.training.video_stage import VideoStage
@@ -185,7 +185,7 @@ def train(config: TrainConfig, out: Path, options: Options | None = None) -> boo
     try:
         # Kernels with a backward are what training needs; torch's are the registry's only ones
         # that every op has, and a fixed choice keeps a resumed run equal to the killed one.
-        own = config.fused and alone_in_half(config, run.workers.ranks)
+        own = config.fused and in_half(config, run.workers.ranks)
         with use("torch"), fused_norms(run.workers.device, own):
             return run.run()
     except torch.OutOfMemoryError as error:

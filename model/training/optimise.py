@@ -1,8 +1,10 @@
 """AdamW with warm-up and cosine decay, gradient clipping, and the moving average of the weights.
 
-A module that is trained alone in bfloat16 (`half`) computes with bfloat16 weights, as at run time,
-and the optimiser keeps the float32 ones. Autocast would cast every weight in every evaluation,
-about 400 launches of the 2500 of a step, and run all normalisations in float32.
+A replica in bfloat16 (`half`) computes with bfloat16 weights, as at run time, and the optimiser
+keeps the float32 ones. Autocast would cast every weight in every evaluation, about 400 launches of
+the 2500 of a step, and run all normalisations in float32. Replicas on several devices sum their
+float32 gradients in one buffer by one all-reduce, which a CUDA graph can hold; DDP's hooks cannot
+be captured without its own warm-up rules, and would reduce the bfloat16 gradients.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -23,9 +26,9 @@ FINAL_LR = 0.05  # of the peak, at the end of a stage
 BETAS = (0.9, 0.99)
 
 
-def alone_in_half(config: TrainConfig, ranks: int) -> bool:
-    """Whether weights are bfloat16 copies (see above); DDP and FSDP wrap float32 ones."""
-    return config.precision == "bf16" and ranks == 1
+def in_half(config: TrainConfig, ranks: int) -> bool:
+    """Whether weights are bfloat16 copies (see above); FSDP shards float32 ones."""
+    return config.precision == "bf16" and (ranks == 1 or config.parallel == "ddp")
 
 
 def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
@@ -46,6 +49,15 @@ def learning_rate(peak: float, step: int, warmup: int, progress: float) -> float
     return peak * ramp * (FINAL_LR + (1 - FINAL_LR) * wave)
 
 
+def joined_gradients(weights: list[Tensor]) -> Tensor:
+    """Give every weight a gradient of zeros; all of them are views of the tensor returned."""
+    buffer = weights[0].new_zeros(sum(w.numel() for w in weights))
+    parts = buffer.split([w.numel() for w in weights])
+    for weight, part in zip(weights, parts, strict=True):
+        weight.grad = part.as_strided(weight.shape, weight.stride())
+    return buffer
+
+
 class Optimiser:
     """One step: backward, clip, AdamW, average.
 
@@ -57,12 +69,13 @@ class Optimiser:
         module: whose parameters; sharded (FSDP) and plain ones alike.
         lr: the peak.
         half: the module's weights become bfloat16 copies of float32 ones that are kept here.
+        ranks: replicas whose gradients are averaged here (with `half`; DDP and FSDP do their own).
     """
 
     def __init__(
-        self, module: nn.Module, config: TrainConfig, lr: float, half: bool = False
+        self, module: nn.Module, config: TrainConfig, lr: float, half: bool = False, ranks: int = 1
     ) -> None:
-        self.module, self.config, self.lr = module, config, lr
+        self.module, self.config, self.lr, self.ranks = module, config, lr, ranks
         self.count, self.origin = 0, 0  # steps so far, and the one at which the moments began
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self.names = [n.removeprefix("module.") for n, _ in named]
@@ -70,8 +83,9 @@ class Optimiser:
         self.weights = self.parameters  # in float32
         if half:
             self.weights = [p.detach().clone().requires_grad_() for p in self.parameters]
-            for weight in self.weights:
-                weight.grad = torch.zeros_like(weight)
+            self.gradients = joined_gradients(self.weights)
+            if ranks > 1:
+                self.take_first_weights()
             module.bfloat16()  # in place: the parameters stay the same objects
         # Gains, biases and tables decay toward nothing meaningful: only matrices are decayed.
         matrices = [p for p in self.weights if p.ndim >= 2]
@@ -95,6 +109,16 @@ class Optimiser:
             for group in self.adam.param_groups:
                 group["lr"] = self.rate  # this very tensor, whatever the constructor made of it
         self.average = [p.detach().clone() for p in self.weights]
+
+    @torch.no_grad()
+    def take_first_weights(self) -> None:
+        """Every replica begins with the first one's weights; they travel in the gradients."""
+        parts = [w.grad for w in self.weights if w.grad is not None]
+        torch._foreach_copy_(parts, self.weights)
+        dist.broadcast(self.gradients, 0)
+        torch._foreach_copy_(self.weights, parts)
+        torch._foreach_copy_(self.parameters, self.weights)
+        self.gradients.zero_()
 
     def step(self, loss: Tensor, progress: float) -> Tensor:
         """`prepare` and `apply`."""
@@ -120,6 +144,9 @@ class Optimiser:
         if half:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
             torch._foreach_copy_([w.grad for w in self.weights if w.grad is not None], grads)
+            if self.ranks > 1:
+                dist.all_reduce(self.gradients)
+                self.gradients /= self.ranks
         norm = nn.utils.clip_grad_norm_(self.weights, self.config.clip_norm)
         self.adam.step()
         with torch.no_grad():

@@ -29,7 +29,7 @@ from mirage_hello.model.presets import build
 from mirage_hello.model.training.autoencoder_stage import AutoencoderStage
 from mirage_hello.model.training.config import TrainConfig, changed, preset
 from mirage_hello.model.training.norms import fused_norms
-from mirage_hello.model.training.optimise import alone_in_half
+from mirage_hello.model.training.optimise import in_half
 from mirage_hello.model.training.parallel import Workers
 from mirage_hello.model.training.video_stage import VideoStage
 
@@ -93,7 +93,7 @@ def measure(config: TrainConfig, count: int = 10) -> dict[str, Any]:
     peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
     found: dict[str, Any] = {"device": name, "ranks": workers.ranks, "size": config.size}
     found["compile"], found["torch"] = config.compile, torch.__version__
-    own = config.fused and alone_in_half(config, workers.ranks)
+    own = config.fused and in_half(config, workers.ranks)
     with use("torch"), fused_norms(device, own):
         found["rendered_frames_per_s"] = renderer(config, device, count)
         autoencoder_gflop, video_gflop = forward_gflop(config)

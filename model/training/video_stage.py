@@ -16,7 +16,7 @@ from mirage_hello.model.memory import LATENT_LIMIT
 from mirage_hello.model.samplers import Level, euler
 from mirage_hello.model.training.config import TrainConfig
 from mirage_hello.model.training.history import ErrorBank, augmented, true_memory
-from mirage_hello.model.training.optimise import Optimiser, alone_in_half, autocast
+from mirage_hello.model.training.optimise import Optimiser, autocast, in_half
 from mirage_hello.model.training.parallel import Workers
 from mirage_hello.model.training.pool import ClipPool
 from mirage_hello.model.training.streams import LiveStreams
@@ -70,9 +70,10 @@ class VideoStage:
         self.channels = denoiser.unet.config.latent_channels
         if config.compile:
             self.denoiser.unet.compile(dynamic=False)
-        self.module = workers.wrap(StyledDenoiser(self.denoiser), config.parallel)
-        self.half = alone_in_half(config, workers.ranks)
-        self.optimiser = Optimiser(self.module, config, self.lr, self.half)
+        self.half = in_half(config, workers.ranks)
+        module = StyledDenoiser(self.denoiser)
+        self.module = module if self.half else workers.wrap(module, config.parallel)
+        self.optimiser = Optimiser(self.module, config, self.lr, self.half, workers.ranks)
         self.pool = ClipPool(
             config, self.encode, self.channels, device, workers.rank, workers.ranks
         )
@@ -81,7 +82,9 @@ class VideoStage:
         self.streams = LiveStreams(live, self.pool, self.history) if live else None
         self.bank = ErrorBank(config.bank_size, self.pool.sinks[:1].float())
         self.longest = torch.zeros((), dtype=torch.int64, device=device)  # live stream, in frames
-        self.captured = Captured(device, self.generator, config.graphs and workers.ranks == 1)
+        self.captured = Captured(
+            device, self.generator, config.graphs and (workers.ranks == 1 or self.half)
+        )
         self.batch: dict[str, Tensor] = {}
 
     @torch.no_grad()
