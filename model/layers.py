@@ -157,7 +157,7 @@ def leaves_sums(x: Tensor, conv: nn.Conv2d, enlarged: int = 1) -> bool:
     """Whether a convolution of x, enlarged so many times, leaves sums of what it makes."""
     batch, _, *sides = x.shape
     rows, columns = (-(-n * enlarged // conv.stride[0]) for n in sides)
-    # The convolutions in e4m3 normalise what they load, and cannot without sums.
+    # What normalises and rounds for a convolution in e4m3 takes sums.
     return batch * rows * columns >= _ways.get().sums_from or fp8.in_use(conv)
 
 
@@ -171,7 +171,7 @@ def _convolve_fp8(
     unit: int,
     scale: float,
 ) -> Image:
-    """The convolution in e4m3: its input is normalised and rounded while it is read."""
+    """The convolution in e4m3: the pass that normalises its input rounds it too."""
 
     def make() -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -179,9 +179,12 @@ def _convolve_fp8(
         return weight.values, weight.scales
 
     weight = conv2d_fp8.Weight(*derived(conv, (conv.weight,), make))
+    h = group_norm_apply.group_norm_apply(
+        x.pixels, statistics, skip and skip.pixels, out_scale=scale
+    )
     out, sums = conv2d_fp8.conv2d_fp8(
-        x.pixels, weight, scale, conv.bias, conv.stride[0], int(conv.padding[0]), channel_bias,
-        residual, skip and skip.pixels, norm=statistics, unit=unit,
+        h, weight, scale, conv.bias, conv.stride[0], int(conv.padding[0]), channel_bias, residual,
+        unit=unit,
     )  # fmt: skip
     return Image(out, sums)
 

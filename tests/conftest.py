@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: fresh seeds (printed on failure), a private kernel cache."""
 
+import contextvars
 import os
 import random
 from collections.abc import Iterator
@@ -9,6 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+# This project's context variables, by name: set within a block and gone after it.
+OWN = {"policy", "fused backend", "ways of layers", "fp8 maxima", "fused hashes", "watcher"}
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +23,37 @@ def seed(request: pytest.FixtureRequest) -> int:
     torch.manual_seed(value)
     request.node.add_report_section("setup", "seed", f"MIRAGE_SEED={value}")
     return value
+
+
+@pytest.fixture(autouse=True)
+def settings_stay() -> Iterator[None]:
+    """A test that leaves a setting of its thread changed would change the bits of those after it:
+    their own threads start without it."""
+    before = _settings()
+    yield
+    changed = {
+        name: (before[name], now) for name, now in _settings().items() if now != before[name]
+    }
+    assert not changed, f"the test leaves settings changed (before, now): {changed}"
+
+
+def _settings() -> dict[str, object]:
+    """What torch and this project keep for a thread or a process and results depend on."""
+    backends, precision = torch.backends, torch.get_float32_matmul_precision()
+    smallest = torch.full((64,), 1e-40)  # a denormal: 0 where they are flushed
+    variables = contextvars.copy_context().items()
+    return {
+        "context variables": {v.name: repr(value) for v, value in variables if v.name in OWN},
+        "threads": torch.get_num_threads(),
+        "gradient": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "autocast": [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")],
+        "defaults": (torch.get_default_dtype(), torch.get_default_device()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "float32": (precision, backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32),
+        "mkldnn": (backends.mkldnn.enabled, backends.mkldnn.deterministic),
+        "denormals flushed": not (smallest * 1.0).any().item(),
+        "modes": (len(_get_current_dispatch_mode_stack()), torch._C._len_torch_function_stack()),
+    }
 
 
 @pytest.fixture(scope="session", autouse=True)
