@@ -31,6 +31,9 @@ class Tile:
     lazy: bool = False
     pv_first: bool = False
     unroll: bool = False
+    prefetch: bool = False
+    early: bool = False
+    interleave: bool = False
 
     @property
     def threads(self) -> int:
@@ -39,7 +42,7 @@ class Tile:
     def smem_bytes(self, head_dim: int) -> int:
         """Q rows and 2 x stages key blocks of 128-byte rows, one row per 64 columns; barriers."""
         rows = 64 * self.warpgroups + 2 * self.stages * self.block_n
-        return -(-head_dim // 64) * rows * 128 + 8 + 32 * self.stages
+        return -(-head_dim // 64) * rows * 128 + 12 + 32 * self.stages
 
     def program(self, head_dim: int, dtype: str) -> loader.Program:
         return loader.program(
@@ -53,6 +56,9 @@ class Tile:
             LAZY=self.lazy,
             PV_FIRST=self.pv_first,
             UNROLL=self.unroll,
+            PREFETCH=self.prefetch,
+            EARLY=self.early,
+            INTERLEAVE=self.interleave,
             dtype=dtype,
         )
 
