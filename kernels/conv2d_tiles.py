@@ -97,23 +97,27 @@ class Tile:
         parts = self.pipeline_bytes(stages, r, s), self.slice_bytes()
         return sum(parts) if self.persistent else max(parts)
 
-    def most_stages(self, share: int, r: int = 1, s: int = 1, table_bytes: int = 0) -> int:
-        """Stages that fit beside a table, no more than the K blocks of a block of the cluster; 0:
-        none fit."""
+    def room(self, r: int = 1, s: int = 1, table_bytes: int = 0) -> int:
+        """Stages that fit beside a table, at most 12."""
         room = SMEM_BYTES[self.blocks_per_sm] - 8 - 16 * MAX_STAGES - 32 * self.patch_stages
         room -= 4 * self.block_m + table_bytes
         fits = [n for n in range(1, MAX_STAGES + 1) if self.barriers_at(n, r, s) <= room]
-        return min(max(fits, default=0), MAX_STAGES if self.persistent else max(share, 2))
+        return max(fits, default=0)
+
+    def most_stages(self, share: int, r: int = 1, s: int = 1, table_bytes: int = 0) -> int:
+        """Of those that fit, no more than the K blocks of a block of the cluster; 0: none fit."""
+        most = MAX_STAGES if self.persistent else max(share, 2)
+        return min(self.room(r, s, table_bytes), most)
 
     def fitted(self, share: int, r: int = 1, s: int = 1, table_bytes: int = 0) -> "Tile":
-        """With `stages` filled in. ValueError when nothing fits the shared memory."""
-        stages = self.stages or self.most_stages(share, r, s, table_bytes)
-        if stages < 1:
+        """With `stages` filled in. ValueError when they do not fit the shared memory."""
+        most = self.most_stages(share, r, s, table_bytes)
+        if most < 1 or (self.stages or 0) > self.room(r, s, table_bytes):
             raise ValueError(
                 f"{self}: a block may have {SMEM_BYTES[self.blocks_per_sm]} bytes of shared memory "
-                f"(slices alone: {self.slice_bytes()}); use a smaller tile"
+                f"(slices: {self.slice_bytes()}, a norm's table: {table_bytes}); use a smaller tile"
             )
-        return replace(self, stages=stages)
+        return replace(self, stages=self.stages or most)
 
     def layout(self, r: int = 1, s: int = 1) -> tuple[int, int]:
         """(where the barriers lie, bytes of shared memory) of a fitted tile."""

@@ -32,7 +32,8 @@ def ptx_program(
     variables |= {"OVERLAP": shape.clusters}
     if shape.channels_last:
         variables |= sizes(shape, p) | {"BLOCKS_PER_SM": p.blocks_per_sm}
-        variables |= {"STAGING": p.staging} if p.passes == 1 else {}
+        if p.passes == 1:
+            variables |= {"STAGING": p.staging, "TRIGGER": p.trigger(shape)}
     return loader.program(
         f"group_norm_{layout(shape)}{'_two_pass' * (p.passes == 2)}", **variables | others
     )

@@ -3,9 +3,9 @@
     W' = W diag(gamma),   s_n = sum_k W'[n, k],   b'_n = b_n + sum_k W[n, k] beta_k
     linear(layer_norm(x)) = rstd (x W'^T - mean s) + b'
 
-`fold` makes W', s and b' once for all calls. A small kernel takes mean and rstd of the rows while
-the product's weights are on their way; the product multiplies x by W' and applies them to its
-float32 sums.
+`fold` makes W', s and b' once for all calls. Mean and rstd of the rows come from sums that the
+linear before left (`linear_summed`), else from a small kernel that runs under the product; the
+product multiplies x by W' and applies them to its float32 sums.
 
 Not ops of the registry: they take the folded weight, and folding costs more than a call.
 """
@@ -71,6 +71,7 @@ def layer_norm_linear(
     residual: Tensor | None = None,
     eps: float = 1e-5,
     tile: linear_sm90a.Tile | None = None,
+    sums: linear_sm90a.RowSums | None = None,
 ) -> Tensor:
     """out = linear(layer_norm(x)) + residual, the layer_norm over the last dimension.
 
@@ -81,19 +82,21 @@ def layer_norm_linear(
         residual: [..., N] or None.
         eps: added to the variance.
         tile: overrides the choice.
+        sums: of x's rows, as linear_summed left them; None: a small kernel takes mean and rstd.
 
     Returns:
         [..., N], x's dtype.
 
     Raises:
-        ValueError: K, N, layout or a tile that the kernel does not take.
+        ValueError: K, N, layout, sums or a tile that the kernel does not take.
 
     Numerics: the mean, then squares around it, in float32; products and sums in float32. x W'^T
     and mean s cancel where |mean| is large against the spread: the error is about 2^-23 |mean| /
     std of the result's size (docs/linear.md), below a bfloat16 rounding up to |mean| = 10^4 std,
     where bfloat16 itself can no longer hold the spread.
     """
-    return linear_sm90a.normed("linear", x, folded.weight, folded.columns, residual, eps, tile)
+    columns = folded.columns
+    return linear_sm90a.normed("linear", x, folded.weight, columns, residual, eps, tile, sums=sums)
 
 
 def layer_norm_geglu(
@@ -102,11 +105,12 @@ def layer_norm_geglu(
     eps: float = 1e-5,
     tile: linear_sm90a.Tile | None = None,
     out_scale: float | None = None,
+    sums: linear_sm90a.RowSums | None = None,
 ) -> Tensor:
     """out = h gelu(gate), (h, gate) the halves of linear(layer_norm(x)).
 
     Args:
-        x, eps, tile: as of layer_norm_linear.
+        x, eps, tile, sums: as of layer_norm_linear.
         folded: of `fold`, of a weight [2N, K].
         out_scale: None, or the scale of an e4m3 output for linear_fp8 (its `x_scale`): the
             float32 values are divided by it and rounded once, saturated; N a multiple of 16.
@@ -117,7 +121,7 @@ def layer_norm_geglu(
     Raises, Numerics: as layer_norm_linear.
     """
     columns = folded.columns
-    return linear_sm90a.normed("geglu", x, folded.weight, columns, None, eps, tile, out_scale)
+    return linear_sm90a.normed("geglu", x, folded.weight, columns, None, eps, tile, out_scale, sums)
 
 
 def layer_norm_linear_torch(

@@ -8,9 +8,19 @@ from torch import Tensor
 from mirage_hello.kernels import tuning
 from mirage_hello.kernels.call import Call
 from mirage_hello.kernels.linear_tile import SMEM_BYTES, Tile
+from mirage_hello.kernels.row_sums import RowSums, row_statistics
 from mirage_hello.ptx import loader
 
-__all__ = ["Tile", "candidates", "choose_tile", "geglu_sm90a", "linear_sm90a", "supports"]
+__all__ = [
+    "RowSums",
+    "Tile",
+    "candidates",
+    "choose_tile",
+    "geglu_sm90a",
+    "linear_sm90a",
+    "linear_summed",
+    "supports",
+]
 
 SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "e4m3"}
 MAX_DEPTH = 4096  # of a row that a warp of row_statistics holds in registers
@@ -25,14 +35,32 @@ def linear_sm90a(
     tile: Tile | None = None,
 ) -> Tensor:
     """See ops.linear; `tile` overrides the choice."""
-    return _launch("linear", x, weight, bias, residual, tile)
+    return _launch("linear", x, weight, bias, residual, tile)[0]
+
+
+def linear_summed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, RowSums]:
+    """(ops.linear, the sums of its rows), for layer_norm_linear's `sums`.
+
+    Raises:
+        ValueError: what `supports` refuses of linear.
+    """
+    _check("linear_summed", "linear", x, weight, bias, residual, 8)
+    out, sums = _launch("linear", x, weight, bias, residual, tile, summed=True)
+    assert sums is not None
+    return out, sums
 
 
 def geglu_sm90a(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: Tile | None = None
 ) -> Tensor:
     """See ops.geglu; a tile of block_n holds block_n / 2 columns of h and the same of the gate."""
-    return _launch("geglu", x, weight, bias, None, tile)
+    return _launch("geglu", x, weight, bias, None, tile)[0]
 
 
 def normed(
@@ -44,13 +72,15 @@ def normed(
     eps: float,
     tile: Tile | None = None,
     out_scale: float | None = None,
+    sums: RowSums | None = None,
 ) -> Tensor:
     """linear or geglu of rstd (x weight^T - mean s) + b; columns: [N, 2] float32, (s, b).
 
     out_scale: the output is e4m3(value / out_scale); without residual.
+    sums: of x, by the linear that made it; None: a kernel of its own takes mean and rstd.
 
     Raises:
-        ValueError: what `supports` refuses of linear, or K above MAX_DEPTH.
+        ValueError: what `supports` refuses of linear, K above MAX_DEPTH, sums of other rows.
     """
     depth = weight.shape[1]
     if not 0 < depth <= MAX_DEPTH:
@@ -63,23 +93,16 @@ def normed(
             f"layer_norm_{op}: e4m3 output needs N a multiple of 16, no residual and a scale above "
             f"0 (got weight {tuple(weight.shape)}, scale {out_scale})"
         )
-    return _launch(op, x, weight, columns, residual, tile, row_statistics(x, eps), out_scale)
-
-
-def row_statistics(x: Tensor, eps: float) -> Tensor:
-    """[M, 2] float32, (-mean rstd, rstd) of each row of x [..., K], rstd = 1 / sqrt(var + eps)."""
-    depth = x.shape[-1]
-    rows = x.numel() // depth
-    out = torch.empty(rows, 2, dtype=torch.float32, device=x.device)
-    if rows:
-        short = SHORT_NAME[x.dtype]
-        loader.program("row_statistics", dtype=short, CHUNKS=-(-depth // 256)).launch(
-            f"row_statistics_{short}",
-            grid=(-(-rows // 4),),
-            block=(128,),
-            args=(x, out, rows, depth // 8, 1.0 / depth, eps),
+    if sums is None:
+        statistics = row_statistics(x, eps)
+        return _launch(op, x, weight, columns, residual, tile, statistics, out_scale)[0]
+    rows, parts = x.numel() // depth, -(-depth // sums.width)
+    if sums.values.shape != (rows, parts, 2) or sums.values.dtype != torch.float32:
+        raise ValueError(
+            f"layer_norm_{op}: sums of {sums.width} columns must be float32 {(rows, parts, 2)} "
+            f"(got {sums.values.dtype} {tuple(sums.values.shape)}); have x's linear make them"
         )
-    return out
+    return _launch(op, x, weight, columns, residual, tile, None, out_scale, (sums, eps))[0]
 
 
 def scaled(
@@ -91,7 +114,7 @@ def scaled(
         ValueError: K not a multiple of 16, or what `supports` refuses of linear.
     """
     _check("linear_fp8", "linear", x, weight, columns, residual, 16)
-    return _launch("linear", x, weight, columns, residual, tile)
+    return _launch("linear", x, weight, columns, residual, tile)[0]
 
 
 def _check(
@@ -99,7 +122,7 @@ def _check(
     op: str,
     x: Tensor,
     weight: Tensor,
-    columns: Tensor,
+    columns: Tensor | None,
     residual: Tensor | None,
     depth_multiple: int,
 ) -> None:
@@ -132,16 +155,20 @@ def _launch(
     tile: Tile | None,
     statistics: Tensor | None = None,
     out_scale: float | None = None,
-) -> Tensor:
-    """`vector`: the bias, or (factor, addend) of each column; `statistics`: of x's rows."""
-    norm = statistics is not None
+    merged: tuple[RowSums, float] | None = None,
+    summed: bool = False,
+) -> tuple[Tensor, RowSums | None]:
+    """The output and, where `summed`, the sums of its rows.
+
+    vector: the bias, or (factor, addend) of each column.
+    statistics: of x's rows; `merged`: their sums and eps instead.
+    """
+    norm = statistics is not None or merged is not None
     gated, fp8 = op == "geglu", x.dtype == torch.float8_e4m3fn
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     quantised = out_scale is not None
     dtype = torch.float8_e4m3fn if quantised else torch.bfloat16 if fp8 else x.dtype
     out = torch.empty(*x.shape[:-1], n, dtype=dtype, device=x.device)
-    if out.numel() == 0:
-        return out
     rows, depth = out.numel() // n, weight.shape[1]
     per_block = 128 // x.element_size()
     blocks = -(-depth // per_block)
@@ -150,6 +177,13 @@ def _launch(
     if problem or blocks < tile.split:
         problem = problem or f"{blocks} K blocks cannot be split over {tile.split}"
         raise ValueError(f"{op}: {tile}: {problem}; choose another tile")
+    sums = None
+    if summed:
+        width = tile.width(gated)
+        values = torch.empty(rows, -(-n // width), 2, dtype=torch.float32, device=x.device)
+        sums = RowSums(values, width)
+    if out.numel() == 0:
+        return out, sums
     tiles, tiles_x = tile.tiles(rows, n, gated)
     tile = tile.fitted(tile.loads(tiles, blocks), gated, norm or fp8, residual is not None)
     x_rows, weight_rows = tile.boxes(gated)
@@ -159,20 +193,23 @@ def _launch(
         loader.tensor_map(weight, (per_block, weight_rows)),
     )
     reciprocal = -(-(2**63) // tiles_x)
-    added = tuple(t for t in (statistics, residual) if t is not None)
-    short, name = SHORT_NAME[x.dtype], op + ("_norm" if norm else "")
-    scale: tuple[float, ...] = ()
-    if out_scale is not None:
-        name, scale = f"{name}_to_e4m3", (1.0 / out_scale,)
+    of_x = (merged[0].values, merged[1]) if merged else (statistics,)
+    added = (*of_x, residual, sums and sums.values)
+    short = SHORT_NAME[x.dtype]
+    scale = () if out_scale is None else (1.0 / out_scale,)
     options = norm or fp8, residual is not None, quantised
-    program(op, tile, short, norm, *options[1:]).launch(
-        f"{name}_{short}",
+    merging = merged[0].variables(depth) if merged else {}
+    program(op, tile, short, norm, *options[1:], summed, **merging).launch(
+        f"{op}{'_norm' * norm}{'_to_e4m3' * quantised}_{short}",
         grid=(tile.grid(tiles),),
         block=(tile.threads,),
-        args=(*maps, vector, *added, reciprocal, out, n, rows, blocks, tiles, tiles_x, *scale),
+        args=(
+            *maps, vector, *(a for a in added if a is not None), reciprocal, out, n, rows, blocks,
+            tiles, tiles_x, *scale,
+        ),
         smem_bytes=tile.layout(tile.stages or 1, gated, *options)["BYTES"],
-    )
-    return out
+    )  # fmt: skip
+    return out, sums
 
 
 def program(
@@ -182,9 +219,12 @@ def program(
     norm: bool = False,
     residual: bool = False,
     quantised: bool = False,
+    summed: bool = False,
+    **merging: int | str,
 ) -> loader.Program:
-    """The program of a fitted tile."""
+    """The program of a fitted tile; `merging`: RowSums.variables of a norm's input."""
     variables = tile.variables(op == "geglu", norm or dtype == "e4m3", residual, quantised)
+    variables |= {"ROW_SUMS": summed, "SUM_PARTS": 0, **merging}
     return loader.program("linear.sm90a", OP=op, dtype=dtype, NORM=norm, **variables)
 
 

@@ -162,6 +162,63 @@ def test_emulated_layer_norm(op, tile, mean):
     assert result.passed, result
 
 
+SUMMED = [Tile(1, 32), Tile(2, 48, split=3), Tile(2, 160, stages=2), Tile(1, 32, 2)]
+SUMMED += [Tile(2, 48, 2, pingpong=True, shared="weight", stages=3), Tile(1, 32, shared="x")]
+
+
+def summed(tile, m=150, n=176, k=200, dtype=torch.bfloat16, mean=0.0, device="cpu"):
+    """A linear with a residual, its output, and the sums that it left."""
+    x, weight, bias, residual = inputs("linear", m, k, n, dtype, device)
+    residual = (residual + mean).to(dtype)
+    return linear_sm90a.linear_summed(x, weight, bias, residual, tile)
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("tile", SUMMED, ids=str)
+@pytest.mark.usefixtures("two_multiprocessors")
+def test_emulated_row_sums(tile, mean):
+    """Mean and M2 of what was stored, a tile's columns each, the last of them ragged."""
+    out, sums = summed(tile, mean=mean)
+    pieces = out.double().split(sums.width, 1)
+    for part, piece in enumerate(pieces):
+        centre, m2 = piece.mean(1), piece.var(1, unbiased=False) * piece.shape[1]
+        got = sums.values[:, part].double()
+        assert torch.allclose(got[:, 0], centre, rtol=1e-6, atol=1e-5)
+        assert torch.allclose(got[:, 1], m2, rtol=2e-5, atol=1e-6)
+    assert sums.values.shape[1] == len(pieces)
+
+
+@pytest.mark.parametrize("op", ["linear", "geglu"])
+@pytest.mark.parametrize("tile", SUMMED[1:4], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_emulated_layer_norm_of_sums(op, tile, dtype):
+    """The linear behind it merges the sums: as good as torch on the same rows."""
+    x, sums = summed(tile, n=176, dtype=dtype, mean=3.0)
+    weight = draw(2 * 48 if op == "geglu" else 48, 176, scale=176**-0.5, dtype=dtype)
+    gamma, beta, bias = (
+        draw(176, dtype=dtype),
+        draw(176, dtype=dtype),
+        draw(len(weight), dtype=dtype),
+    )
+    folded = layer_norm_linear.fold(gamma, beta, weight, bias)
+    truth = getattr(reference, op)(
+        reference.layer_norm(x.double(), gamma.double(), beta.double()), weight.double(),
+        bias.double(),
+    )  # fmt: skip
+    plain = getattr(reference, op)(reference.layer_norm(x, gamma, beta), weight, bias)
+    run_normed = getattr(layer_norm_linear, f"layer_norm_{op}")
+    for out in (run_normed(x, folded, sums=sums), run_normed(x, folded)):
+        result = parity.judge(out, plain, truth)
+        assert result.passed, str(result)
+
+
+def test_sums_of_other_rows_are_refused():
+    x, sums = summed(Tile(1, 32), m=8)
+    folded = layer_norm_linear.fold(None, None, draw(48, 176))
+    with pytest.raises(ValueError, match="sums of 32 columns must be float32"):
+        layer_norm_linear.layer_norm_linear(x[:4].contiguous(), folded, sums=sums)
+
+
 @pytest.mark.parametrize("tile", [None, Tile(2, 160, 2, pingpong=True), Tile(1, 64)])
 def test_emulated_layer_norm_geglu_to_e4m3(tile):
     """Values that e4m3 holds are those of the bfloat16 output; what is too large saturates."""

@@ -62,7 +62,8 @@ def draw(rng: random.Random, kind: Kind) -> dict[str, Any]:
     tile, window, stride, with_skip, upsample, unit, activation, norm_silu = kind
     dtype = rng.choice(DTYPES)
     h, w = (rng.randint(1, rng.choice((20, 129))) for _ in range(2))
-    b = rng.randint(1, max(1, min(9, MOST_PIXELS // (h * w))))
+    most = 2 if tile.persistent and norm_silu is not None else 9  # a table of every image
+    b = rng.randint(1, max(1, min(most, MOST_PIXELS // (h * w))))
     step = 8 if norm_silu is None else 40  # whole units
     c = step * rng.randint(-(-64 * -(-tile.split // window**2) // step), 320 // step)
     extra = step * rng.randint(1, 160 // step) if with_skip else 0

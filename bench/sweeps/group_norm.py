@@ -10,7 +10,6 @@ process of its own.
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import torch
 
@@ -26,10 +25,21 @@ LIMIT_S = 120
 MOST = {(1, "registers"): 7, (1, "shared"): 9, (2, "registers"): 3}
 # Of a slab in shared memory: vectors a turn of the loops, and parts of it that are waited for.
 TURNS: list[dict] = [
-    {"TURN": t, "PARTS": p} for t, p in ((4, 1), (4, 3), (2, 2), (2, 3), (2, 6), (1, 4))
+    {"TURN": t, "PARTS": p} for t, p in ((4, 1), (4, 3), (2, 2), (2, 3), (2, 4), (1, 4), (2, 6))
 ]
-# When the next kernel may start: at this one's end, once it has its statistics; else at once.
-OVERLAPS: tuple[dict[str, str | int], ...] = ({"TRIGGER": "none"}, {"TRIGGER": "late"})
+# When the next kernel may start: as this one begins to read, with its statistics, or at its end.
+TRIGGERS: list[dict] = [{"TRIGGER": t} for t in ("early", "late", "none")]
+# Plans that the model would not try.
+EXTRA = {
+    "960 @64 nhwc": [
+        Plan(1, 4, 2, 2, 15, 32, 16, 8, staging="shared"),
+        Plan(1, 4, 2, 2, 15, 64, 8, 8, staging="shared"),
+        Plan(1, 4, 2, 2, 15, 32, 24, 6, staging="shared"),
+        Plan(1, 8, 2, 4, 15, 32, 16, 8, staging="shared"),
+        Plan(1, 8, 2, 4, 15, 64, 8, 8, staging="shared"),
+        Plan(1, 8, 2, 4, 15, 64, 8, 8),
+    ]
+}
 TWO_PASS_HINTS = ({"STORE": ".cs"}, {"LOAD": ".cs", "STORE": ".cs"})
 GROUPS = 32
 SHAPES = {
@@ -93,6 +103,14 @@ def run_case(name: str) -> dict:
         else:
             wrong[label(p)] = str(result)
             print(f"{name} {label(p)} WRONG {result}", flush=True)
+    variants = {}
+    if layout == "nhwc":
+        variants = one_pass_variants(name, shape, tried, x, weight, bias)
+    for key, call in variants.items():
+        result = parity.judge(call(), plain, truth)
+        if not result.passed:
+            wrong[key] = str(result)
+            print(f"{name} {key} WRONG {result}", flush=True)
     del truth, plain
     peers = {
         "copy": lambda: x.clone(),
@@ -105,15 +123,15 @@ def run_case(name: str) -> dict:
     if layout == "nhwc" and x.nbytes > 8e6:
         for hints in TWO_PASS_HINTS:
             extra[f"{label(two)} {hints}"] = contender(shape, two, x, weight, bias, **hints)
-    if layout == "nhwc":
-        extra |= one_pass_variants(shape, tried, x, weight, bias)
+    extra |= {key: call for key, call in variants.items() if key not in wrong}
     effort = harness.Effort(rounds=8, sample_us=600.0)
     timed = harness.measure({**peers, **extra, **good}, "cuda", effort=effort)
     medians = {key: t.median_us for key, t in timed.items()}
     chosen = label(plan(shape))  # type: ignore[arg-type]
     print(f"{name}: eager {medians['eager']:.2f} us, copy {medians['copy']:.2f} us", flush=True)
     estimates = {label(p): p.estimate_us for p in tried}
-    for us, key in sorted((us, key) for key, us in medians.items() if key not in peers):
+    ranked = sorted((us, key) for key, us in medians.items() if key not in peers)
+    for us, key in ranked[:30] + [pair for pair in ranked[30:] if pair[1] == chosen]:
         mark = "<- plan" if key == chosen else ""
         model = f"(model {estimates.get(key, 0.0):6.2f})  {medians['eager'] / us:5.2f} x eager"
         print(f"   {us:8.2f} us {model}  {key} {mark}", flush=True)
@@ -126,20 +144,21 @@ def run_case(name: str) -> dict:
     }
 
 
-def one_pass_variants(shape: Shape, tried: list[Plan], x, weight, bias) -> dict:
-    """The three cheapest one-pass plans of each staging, overlapped and divided in other ways."""
+def one_pass_variants(name: str, shape: Shape, tried: list[Plan], x, weight, bias) -> dict:
+    """The cheapest plans of each staging and EXTRA's: triggered and divided in other ways."""
     found = {}
     for staging in ("registers", "shared"):
-        able = [p for p in tried if (p.passes, p.staging) == (1, staging)][:3]
+        able = [p for p in tried if (p.passes, p.staging) == (1, staging)][:2]
+        able += [p for p in EXTRA.get(name, []) if p.staging == staging]
+        ways = TRIGGERS
+        if staging == "shared":
+            ways = [turns | trigger for turns in TURNS for trigger in TRIGGERS]
         for p in able:
-            ways = [({}, replace(p, alone=True)), *((way, p) for way in OVERLAPS)]
-            ways.append((OVERLAPS[1], replace(p, alone=True)))
-            if staging == "shared":
-                ways += [(turns, p) for turns in TURNS if p.vecs % turns["TURN"] == 0
-                         and p.vecs // turns["TURN"] % turns["PARTS"] == 0]  # fmt: skip
-            for way, q in ways:
-                key = f"{label(q)}{' alone' * q.alone} {way or ''}"
-                found[key] = contender(shape, q, x, weight, bias, **way)
+            for way in ways:
+                turns = p.vecs // way.get("TURN", 1)
+                if turns and turns % way.get("PARTS", 1) == 0:
+                    call = contender(shape, p, x, weight, bias, **way)
+                    found[f"{label(p)} {way}"] = call
     return found
 
 

@@ -33,10 +33,11 @@ def layer_norm_kernel(
     rows = rows.to(tl.int64)[:, None]
     value = tl.load(x + rows * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     first = tl.load(x + rows * x_stride, mask=rows < M, other=0.0).to(tl.float32)
-    # Reduce
-    value = tl.where(inside[None, :], value - first, 0.0)
-    mean = tl.sum(value, 1) / K
-    centred = tl.where(inside[None, :], value - mean[:, None], 0.0)
+    # Reduce: the mean as two floats, so that a value is rounded once on its way to the difference
+    mean = (tl.sum(tl.where(inside[None, :], value - first, 0.0), 1) / K)[:, None]
+    high = first + mean
+    low = (first - high) + mean
+    centred = tl.where(inside[None, :], (value - high) - low, 0.0)
     variance = tl.sum(centred * centred, 1) / K
     # Compute
     value = centred * (1.0 / tl.sqrt_rn(variance + eps))[:, None]
