@@ -6,7 +6,8 @@ from every_backend import PROPERTY, able, assert_parity, outputs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_hello.kernels import ops
+from mirage_hello import reference
+from mirage_hello.kernels import BackendError, ops, use
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = [(1, 1), (77, 77), (5, 129), (129, 127), (70, 1), (2, 16)]
@@ -136,6 +137,36 @@ def test_integers_are_refused():
 def test_gradients_of_the_torch_backend():
     q, k, v = (torch.randn(1, 3, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     assert torch.autograd.gradcheck(ops.attention, (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_where_the_kernels_have_none(dtype, device):
+    """The call goes to torch by itself, and its gradients are those of the float64 reference."""
+    leaves = [draw(device, dtype, 2, n, 2, 40).requires_grad_() for n in (70, 130, 130)]
+    weights = draw(device, dtype, 2, 70, 2, 40)
+    (ops.attention(*leaves) * weights).sum().backward()
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    (reference.attention(*wide) * weights.double()).sum().backward()
+    for leaf, exact in zip(leaves, wide, strict=True):
+        difference = (leaf.grad.double() - exact.grad).norm() / exact.grad.norm()
+        assert difference < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", ["triton", "ptx", "cuda", "ptx-emulated"])
+def test_a_backend_without_gradients_says_so(backend, device):
+    """Never silently wrong: asked for by name, it raises; without a gradient it may run."""
+    q, k, v = (draw(device, torch.bfloat16, 1, 20, 1, 40) for _ in range(3))
+    if backend not in {kernel.backend for kernel in able("attention", q, k, v)}:
+        with use(backend), pytest.raises(BackendError, match=r"attention: backend .* cannot run"):
+            ops.attention(q, k, v.requires_grad_())
+        return
+    with use(backend):
+        ops.attention(q, k, v)
+        v.requires_grad_()
+        with pytest.raises(BackendError, match="has no backward pass"):
+            ops.attention(q, k, v)
+        with torch.no_grad():
+            ops.attention(q, k, v)
 
 
 @pytest.mark.gpu

@@ -274,3 +274,33 @@ def test_slices_and_scales_of_heads_on_a_gpu():
     factors = torch.tensor([0.5, 20.0, 1.0, 3.0], device="cuda")
     args = [q, k, v, *(s * factors for s in scale.view(3, 4))]
     assert_right(attention_fp8(*args, scale=0.02), args, 0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("multiprocessors", [1, 7])
+def test_graphs_and_two_streams_at_once(multiprocessors):
+    """Each stream has inputs of its own; with 7 multiprocessors some tiles are split."""
+    run = functools.partial(attention_fp8, tile=Tile(3, 96, 3, 10), multiprocessors=multiprocessors)
+    both = [inputs(1, 700, 2000, 4, 64, "cuda", mean=1.0) for _ in range(2)]
+    expected = [run(*args) for args in both]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    outs = []
+    for _ in range(8):
+        for stream, args, right in zip(streams, both, expected, strict=True):
+            with torch.cuda.stream(stream):
+                outs.append((run(*args), right))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(*both[0])
+    captured.fill_(0)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, right) for out, right in [*outs, (captured, expected[0])])
+
+
+def test_nothing_to_do(device):
+    for batch, queries in [(0, 5), (2, 0)]:
+        args = inputs(batch, queries, 6, 2, 64, device, mean=0.0)
+        assert attention_fp8(*args).shape == (batch, queries, 2, 64)

@@ -199,27 +199,72 @@ def test_a_dominating_key_on_a_gpu(key):
 
 
 @pytest.mark.gpu
-def test_empty_batch_on_a_gpu():
-    q, k, v = draw(5, 6, 64, device="cuda", batch=0)
-    assert attention_sm90a(q, k, v).shape == (0, 5, 1, 64)
+@pytest.mark.parametrize("keys", [1, 77, 129, 1000])
+@pytest.mark.parametrize(("head_dim", "tile"), TILES)
+def test_half_precision_on_a_gpu(head_dim, tile, keys):
+    q, k, v = draw(200, keys, head_dim, F16, "cuda", heads=2)
+    assert_right(attention_sm90a(q, k, v), q, k, v)
+    assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
 
 
 @pytest.mark.gpu
-def test_graphs_side_streams_and_two_streams_at_once():
-    q, k, v = draw(1000, 1000, 64, device="cuda", heads=4)
+def test_strides_on_a_gpu():
+    """One fused projection, heads outside tokens, a ring buffer's window, every second token."""
+    fused = torch.randn(2, 300, 3, 4, 40, device="cuda").to(BF16).unbind(2)
+    heads_first = [x.transpose(1, 2) for x in torch.randn(3, 2, 5, 200, 64, device="cuda").to(BF16)]
+    memory = torch.randn(2, 2, 900, 2, 80, device="cuda").to(BF16)
+    query = torch.randn(2, 130, 2, 80, device="cuda").to(BF16)
+    window = (query, memory[0, :, 300:811], memory[1, :, 300:811])
+    sparse = [x[:, ::2] for x in torch.randn(3, 1, 400, 3, 128, device="cuda").to(BF16)]
+    for q, k, v in (fused, heads_first, window, sparse):
+        assert_right(attention_sm90a(q, k, v), q, k, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2])
+def test_scales_on_a_gpu(scale):
+    q, k, v = draw(200, 300, 64, device="cuda", heads=2)
+    assert_right(attention_sm90a(q, k, v, scale), q, k, v, scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_head(value):
+    q, k, v = draw(200, 300, 64, device="cuda", heads=2)
     expected = attention_sm90a(q, k, v)
+    v[:, 150, 0] = value
+    out = attention_sm90a(q, k, v)
+    assert not out[:, :, 0].isfinite().any()
+    assert torch.equal(out[:, :, 1], expected[:, :, 1])
+
+
+def test_nothing_to_do(device):
+    """Neither batches, queries, heads nor keys: nothing is launched."""
+    for batch, queries, heads in [(0, 5, 2), (2, 0, 2), (2, 5, 0)]:
+        q, k, v = draw(queries, 6, 64, device=device, batch=batch, heads=heads)
+        assert attention_sm90a(q, k, v).shape == (batch, queries, heads, 64)
+    q, k, v = draw(5, 0, 64, device=device)
+    assert torch.equal(attention_sm90a(q, k, v), torch.zeros_like(q))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "tile"), TILES)
+def test_identical_bits_graphs_and_two_streams_at_once(head_dim, tile):
+    """Each stream has inputs of its own, so that one that sees the other's shows."""
+    inputs = [draw(1000, 1000, head_dim, device="cuda", heads=4) for _ in range(2)]
+    expected = [attention_sm90a(*x, tile=tile) for x in inputs]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(2)]
     outs = []
     for _ in range(8):
-        for stream in streams:
+        for stream, x, right in zip(streams, inputs, expected, strict=True):
             with torch.cuda.stream(stream):
-                outs.append(attention_sm90a(q, k, v))
-    graph = torch.cuda.CUDAGraph()
+                outs.append((attention_sm90a(*x, tile=tile), right))
     torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = attention_sm90a(q, k, v)
+        captured = attention_sm90a(*inputs[0], tile=tile)
     captured.fill_(0)
     graph.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(out, expected) for out in [*outs, captured])
+    assert all(torch.equal(out, right) for out, right in [*outs, (captured, expected[0])])
