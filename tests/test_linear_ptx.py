@@ -336,6 +336,26 @@ def test_random_layer_norm_on_the_gpu(op, seed):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("op", ["linear", "geglu"])
+def test_random_row_sums_on_the_gpu(op, seed):
+    """A linear that leaves sums and one that merges them: random rows, K and means, chosen tiles."""
+    rng = random.Random(seed)
+    for _ in range(8):
+        m, n, k = rng.randint(1, 700), 8 * rng.randint(1, 160), 8 * rng.randint(1, 80)
+        mean, width = rng.choice((0.0, 5.0, 30.0)), 16 * rng.randint(1, 40)
+        x, sums = summed(None, m, n, k, mean=mean, device="cuda")
+        weight = draw(2 * width if op == "geglu" else width, n, scale=n**-0.5, device="cuda")
+        bias = draw(len(weight), device="cuda")
+        folded = layer_norm_linear.fold(None, None, weight, bias)
+        call = getattr(layer_norm_linear, f"layer_norm_{op}")
+        normed = reference.layer_norm(x.double(), None, None)
+        truth = getattr(reference, op)(normed, weight.double(), bias.double())
+        plain = getattr(reference, op)(reference.layer_norm(x, None, None), weight, bias)
+        result = parity.judge(call(x, folded, sums=sums), plain, truth)
+        assert result.passed, (m, n, k, mean, width, str(result))
+
+
+@pytest.mark.gpu
 def test_random_fp8_on_the_gpu(seed):
     dice = random.Random(seed)
     for _ in range(20):
