@@ -1,10 +1,8 @@
-"""The buffers of one size of frames, and the way in and out of the device."""
+"""The buffers of one size of frames."""
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +10,10 @@ from torch import Tensor
 
 from mirage_hello.kernels import Policy
 from mirage_hello.model.autoencoder import FACTOR
+from mirage_hello.model.bus import Bus
 from mirage_hello.model.memory import ContextMemory
 from mirage_hello.model.plan import Plan
 from mirage_hello.model.unet import UNetConfig
-
-IN_FLIGHT = 2  # frames: one is computed while its neighbours are on the bus
 
 
 @dataclass
@@ -67,97 +64,6 @@ class FrameBuffers:
         """Bytes on the device, without the bus and the plan's arena."""
         tensors = (self.frame_in, self.frame_out, self.draws)
         return sum(t.numel() * t.element_size() for t in tensors) + self.memory.nbytes
-
-
-@dataclass(eq=False)
-class _Slot:
-    """One frame on its way: pinned memory and its staging copy on the device, both directions."""
-
-    host_in: Tensor
-    host_out: Tensor
-    staged_in: Tensor
-    staged_out: Tensor
-    uploaded: Any  # torch.cuda.Event
-    computed: Any
-    downloaded: Any
-
-
-class Bus:
-    """Frames in and out: at most two under way, each direction on a copy stream of its own.
-
-    The graph reads and writes `frame_in` and `frame_out`; staging copies on the device (1.5 MB at
-    512x512: about 1 us each) free them at once, so that the next frame can come while this one is
-    computed, and the last one leave. On a CPU there is nothing to overlap and nothing is staged.
-    """
-
-    def __init__(self, frame_in: Tensor, frame_out: Tensor, staged: bool | None = None) -> None:
-        self._frame_in, self._frame_out = frame_in, frame_out
-        self._free: list[_Slot] = []
-        self._under_way: deque[tuple[_Slot | None, type, Tensor | None]] = deque()
-        self._staged = frame_in.is_cuda if staged is None else staged
-        if self._staged:
-            self._up, self._down = (torch.cuda.Stream(frame_in.device) for _ in range(2))
-            self._free = [_slot(frame_in) for _ in range(IN_FLIGHT)]
-            for copies in (self._up, self._down):  # after whatever the memory was used for before
-                copies.wait_stream(torch.cuda.current_stream())
-
-    @property
-    def under_way(self) -> int:
-        """Frames taken and not collected."""
-        return len(self._under_way)
-
-    def bring(self, frame: np.ndarray | Tensor) -> _Slot | None:
-        """Queue the way of a frame into `frame_in`; the slot goes to `take`."""
-        if isinstance(frame, Tensor) and frame.device == self._frame_in.device:
-            self._frame_in[0].copy_(frame)
-            return None
-        if not self._staged:
-            np.copyto(self._frame_in[0].numpy(), frame)  # any strides, also read-only arrays
-            return None
-        slot = self._free[-1]
-        if isinstance(frame, Tensor):
-            slot.host_in[0].copy_(frame)
-        else:
-            np.copyto(slot.host_in[0].numpy(), frame)
-        with torch.cuda.stream(self._up):
-            slot.staged_in.copy_(slot.host_in, non_blocking=True)
-            slot.uploaded.record()
-        slot.uploaded.wait()
-        self._frame_in.copy_(slot.staged_in)
-        return slot
-
-    def take(self, slot: _Slot | None, kind: type) -> None:
-        """Queue the way of `frame_out` to the caller, as `kind`: np.ndarray or Tensor."""
-        if slot is None:
-            self._under_way.append((None, kind, self._frame_out[0].clone()))
-            return
-        self._free.remove(slot)
-        slot.staged_out.copy_(self._frame_out)
-        slot.computed.record()
-        with torch.cuda.stream(self._down):
-            slot.computed.wait()
-            slot.host_out.copy_(slot.staged_out, non_blocking=True)
-            slot.downloaded.record()
-        self._under_way.append((slot, kind, None))
-
-    def collect(self) -> Any:
-        """The oldest frame under way, once it is here; owned by the caller."""
-        slot, kind, result = self._under_way.popleft()
-        if slot is not None:
-            slot.downloaded.synchronize()
-            result = slot.host_out[0].clone()
-            self._free.append(slot)
-        assert result is not None
-        if result.is_cuda:  # made on the stream's own CUDA stream, used on the caller's
-            result.record_stream(torch.cuda.current_stream(result.device))
-        return result if issubclass(kind, Tensor) else result.numpy()
-
-
-def _slot(frame: Tensor) -> _Slot:
-    # Empty: nothing that a copy stream would have to wait for is queued for this memory.
-    pinned = [torch.empty_like(frame, device="cpu", pin_memory=frame.is_cuda) for _ in range(2)]
-    staged = [torch.empty_like(frame) for _ in range(2)]
-    return _Slot(*pinned, *staged, *(torch.cuda.Event() for _ in range(3)))
 
 
 def check_frame(frame: np.ndarray | Tensor) -> None:

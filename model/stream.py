@@ -22,11 +22,12 @@ from mirage_hello.kernels import Policy, policy, use
 from mirage_hello.kernels.policy import current
 from mirage_hello.model import budget
 from mirage_hello.model.autoencoder import Autoencoder
+from mirage_hello.model.bus import IN_FLIGHT
 from mirage_hello.model.controls import Controls, LiveControls
 from mirage_hello.model.deltas import Deltas
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.frame import frame as run_frame
-from mirage_hello.model.frame_buffers import IN_FLIGHT, FrameBuffers, check_frame
+from mirage_hello.model.frame_buffers import FrameBuffers, check_frame
 from mirage_hello.model.plan import Plan, Record, recorded
 from mirage_hello.model.samplers import Sampler, euler, one_step
 from mirage_hello.model.settings import Settings, prepare
@@ -138,7 +139,8 @@ class FrameStream(LiveControls):
             if self.under_way >= IN_FLIGHT:
                 raise RuntimeError(f"submit: {IN_FLIGHT} frames are under way; collect one first")
             buffers = self._of_size(frame.shape[0], frame.shape[1])
-            with self._running():
+            # A frame in the host's memory owes nothing to what the caller's stream does.
+            with self._running(ordered=isinstance(frame, Tensor)):
                 buffers.draws.normal_(generator=self._generator)  # while the frame is on its way
                 slot = buffers.bus.bring(frame)
                 if self._planned and buffers.policy is not self._wanted():
@@ -264,6 +266,8 @@ class FrameStream(LiveControls):
                 )
                 if self._planned:
                     self._make_plan(buffers)
+                if self._stream is not None:  # frames come on another stream and do not wait
+                    torch.cuda.current_stream().synchronize()
             if self._settings is not settings:
                 buffers.policy = None  # they were replaced meanwhile: planned again at first use
             self._sizes[(height, width)] = buffers
@@ -329,12 +333,18 @@ class FrameStream(LiveControls):
         return current.get() if self._policy is None else policy(self._policy)
 
     @contextlib.contextmanager
-    def _running(self, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+    def _running(
+        self, stream: torch.cuda.Stream | None = None, ordered: bool = True
+    ) -> Iterator[None]:
         """On CUDA: on a stream of our own, ordered with the caller's on the way in and out."""
         stream = stream or self._stream
         with torch.no_grad():
             if stream is None:
                 yield
+                return
+            if not ordered:
+                with torch.cuda.stream(stream):
+                    yield
                 return
             with torch.cuda.device(self.device):
                 outer = torch.cuda.current_stream()

@@ -17,7 +17,7 @@ from torch import nn
 from mirage_hello.kernels import ops, use
 from mirage_hello.model import FrameStream, budget, layers
 from mirage_hello.model import stream as stream_module
-from mirage_hello.model.frame_buffers import Bus
+from mirage_hello.model.bus import IN_FLIGHT, LENT, Bus
 from mirage_hello.model.plan import Buffer, Plan, Record, place
 from mirage_hello.ptx import loader
 from mirage_hello.tools import cli
@@ -286,6 +286,33 @@ def test_the_staged_way_in_and_out(monkeypatch) -> None:
     outputs.append(bus.collect())
     assert np.array_equal(outputs, 255 - frames) and bus.under_way == 0
     assert len(bus._free) == 2
+
+
+@pytest.mark.parametrize("kind", ["arrays", "tensors"])
+def test_outputs_are_lent_and_stay_the_callers(kind: str, monkeypatch) -> None:
+    """What the caller holds is never written again; what he drops, views and all, is reused."""
+    for name in ("Stream", "Event", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, FakeCuda)
+    frame_in, frame_out = (torch.zeros(1, 8, 8, 3, dtype=torch.uint8) for _ in range(2))
+    bus = Bus(frame_in, frame_out, staged=True)
+    free = bus._outputs._free
+
+    def push(value: int):
+        slot = bus.bring(np.full((8, 8, 3), value, np.uint8))
+        frame_out.copy_(frame_in)
+        bus.take(slot, np.ndarray if kind == "arrays" else torch.Tensor)
+        return bus.collect()
+
+    held = [push(value) for value in range(3 * LENT)]
+    assert [int(output[0, 0, 0]) for output in held] == [*range(3 * LENT)]
+    assert len(free) == IN_FLIGHT  # the rest are copies
+    views = [output[2:, 1] for output in held]
+    held.clear()
+    assert len(free) == IN_FLIGHT
+    push(99)
+    assert [int(view[0, 0]) for view in views] == [*range(3 * LENT)]
+    views.clear()
+    assert len(free) == IN_FLIGHT + LENT
 
 
 def test_a_frame_of_emulated_kernels_is_the_plain_one() -> None:

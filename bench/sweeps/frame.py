@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mirage_hello.bench import frame_profile, harness
+from mirage_hello.bench import bus, frame_profile, harness
 from mirage_hello.kernels import use
 from mirage_hello.kernels.parity import exact_float32
 from mirage_hello.model import FrameStream, build, layers
@@ -93,6 +93,11 @@ def _measure(variant: str) -> dict:
     p10, p50, p99 = np.percentile(spans, (10, 50, 99))
     result["frame_us"] = {"p10": p10, "p50": p50, "p99": p99}
     print(f"  frame p10 {p10:.0f} p50 {p50:.0f} p99 {p99:.0f} us", flush=True)
+    frames = [clip[i % 8] for i in range(200)]
+    result["host_us"] = bus.host_us(stream, frames)
+    result["under_way"] = bus.pipelined(stream, frames)
+    print(f"  host {result['host_us']['p50']:.0f} us (submit {result['host_us']['submit_p50']:.0f}), "
+          f"under way {result['under_way']['us']:.0f} us a frame", flush=True)  # fmt: skip
     result["profile"] = profiled = frame_profile.profile(lambda: stream.push(clip[0]))
     print(f"  on the device {profiled['span_us']:.0f} us, idle {profiled['idle_share']:.1%}, "
           f"{profiled['launches']:.0f} launches; " + ", ".join(
