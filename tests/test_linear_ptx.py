@@ -338,7 +338,7 @@ def test_random_layer_norm_on_the_gpu(op, seed):
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["linear", "geglu"])
 def test_random_row_sums_on_the_gpu(op, seed):
-    """A linear that leaves sums and one that merges them: random rows, K and means, chosen tiles."""
+    """A linear that leaves sums and one that merges them: random sizes and means, chosen tiles."""
     rng = random.Random(seed)
     for _ in range(8):
         m, n, k = rng.randint(1, 700), 8 * rng.randint(1, 160), 8 * rng.randint(1, 80)
