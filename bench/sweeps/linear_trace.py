@@ -20,15 +20,15 @@ from mirage_hello.kernels.linear_sm90a import Tile
 from mirage_hello.ptx import loader
 
 CASES = {  # M, K, N, tile
-    "1024x2560x640": (1024, 2560, 640, Tile(1, 80)),
-    "1024x2560x640 split": (1024, 2560, 640, Tile(1, 160, split=2)),
-    "4096x1280x320": (4096, 1280, 320, Tile(1, 160)),
-    "4096x320x320": (4096, 320, 320, Tile(1, 160)),
-    "4096x320x2560": (4096, 320, 2560, Tile(2, 160, 2, pingpong=True)),
-    "256x1280x10240": (256, 1280, 10240, Tile(2, 160)),
-    "256x1280x1280": (256, 1280, 1280, Tile(1, 64)),
-    "1024x2560x640 shared": (1024, 2560, 640, Tile(1, 80, shared="weight")),
-    "4096x320x2560 shared": (4096, 320, 2560, Tile(2, 160, 2, True, shared="weight")),
+    "4096x320x320": (4096, 320, 320, Tile(1, 80, 2)),
+    "4096x320x320 two": (4096, 320, 320, Tile(2, 80)),
+    "1024x640x640": (1024, 640, 640, Tile(1, 80)),
+    "256x1280x1280": (256, 1280, 1280, Tile(1, 64, shared="weight")),
+    "4096x1280x320": (4096, 1280, 320, Tile(2, 80, 2, True, shared="x")),
+    "1024x2560x640": (1024, 2560, 640, Tile(1, 80, shared="x")),
+    "256x5120x1280": (256, 5120, 1280, Tile(1, 48)),
+    "4096x320x960": (4096, 320, 960, Tile(2, 128, 2, True)),
+    "4096x320x2560": (4096, 320, 2560, Tile(2, 128, 2, True)),
 }
 SLOTS = 16  # of 8 bytes a block: 0..3 loader, 8..12 first warpgroup, 13 its multiprocessor
 RUNS = 6
