@@ -96,8 +96,9 @@ def _measure(variant: str) -> dict:
     frames = [clip[i % 8] for i in range(200)]
     result["host_us"] = bus.host_us(stream, frames)
     result["under_way"] = bus.pipelined(stream, frames)
-    print(f"  host {result['host_us']['p50']:.0f} us (submit {result['host_us']['submit_p50']:.0f}), "
-          f"under way {result['under_way']['us']:.0f} us a frame", flush=True)  # fmt: skip
+    host, under_way = result["host_us"], result["under_way"]
+    print(f"  host {host['p50']:.0f} us, of them {host['submit_p50']:.0f} to submit; with a frame "
+          f"under way {under_way['us']:.0f} us a frame", flush=True)  # fmt: skip
     result["profile"] = profiled = frame_profile.profile(lambda: stream.push(clip[0]))
     print(f"  on the device {profiled['span_us']:.0f} us, idle {profiled['idle_share']:.1%}, "
           f"{profiled['launches']:.0f} launches; " + ", ".join(

@@ -7,16 +7,19 @@
               880m and 391m at 512x512, 768x432 and 1024x576, with and without guidance, and at 1 to
               4 steps: frame, plan, seconds to build
     swap      frames while another size is prepared, and the first one of it
+    full      a plan is built while the card is full
     batch     880m's U-Net at batch 1 to 8
 
 Every case runs in a process of its own.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
 import threading
 import time
+import unittest.mock
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,7 @@ import torch
 from mirage_hello.bench import bus, harness
 from mirage_hello.kernels import use
 from mirage_hello.kernels.parity import ROUNDING, exact_float32
-from mirage_hello.model import FrameStream, build
+from mirage_hello.model import FrameStream, budget, build
 
 SIZES = {"512x512": (512, 512), "768x432": (432, 768), "1024x576": (576, 1024)}
 LIMIT_S = 120
@@ -154,6 +157,31 @@ def swap() -> dict:
     return result | {"prepare_seconds": done[0]}
 
 
+def full() -> dict:
+    """A plan of another size while the card is full: refused, and the old one goes on."""
+    stream = FrameStream(*build("880m", 0, torch.bfloat16, "cuda"), size=(512, 512))
+    frames = clip((512, 512))
+    before = pushed_us(stream, frames, 50)
+    held: list[torch.Tensor] = []
+    for nbytes in (2**30, 2**26, 2**22, 2**20):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while True:
+                held.append(torch.empty(nbytes, dtype=torch.uint8, device="cuda"))
+    errors = []
+    for available in (None, 2**50):  # by the prediction; then it is told that there is room
+        told = budget.available if available is None else (lambda device: 2**50)
+        with unittest.mock.patch.object(budget, "available", told):
+            try:
+                stream.prepare(576, 1024)
+            except (ValueError, torch.OutOfMemoryError) as error:
+                errors.append(f"{type(error).__name__}: {str(error)[:120]}")
+    while_full = pushed_us(stream, frames, 50)
+    held.clear()
+    stream.prepare(576, 1024)
+    after = pushed_us(stream, clip((576, 1024)), 10)
+    return {"errors": errors, "before": before, "while full": while_full, "after": after}
+
+
 def batch() -> dict:
     unet = build("880m", 0, torch.bfloat16, "cuda")[0].unet
     result = {}
@@ -179,7 +207,7 @@ def batch() -> dict:
     return result
 
 
-CASES = {f.__name__: f for f in (parity, sizes, sizes_391m, swap, batch, long)}
+CASES = {f.__name__: f for f in (parity, sizes, sizes_391m, swap, full, batch, long)}
 
 
 def main() -> int:
