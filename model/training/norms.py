@@ -208,13 +208,25 @@ def fused_norms(device: torch.device, wanted: bool) -> Iterator[None]:
     if not wanted or reason is not None:
         yield
         return
+    with installed(device):
+        yield
+
+
+@contextlib.contextmanager
+def installed(device: torch.device) -> Iterator[None]:
+    """Within the block, ops.group_norm and ops.group_norm_silu are the kernels where they fit."""
     kept = {name: getattr(ops, name) for name in ("group_norm", "group_norm_silu")}
 
     def replaced(name: str):
-        def run(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-            if x.is_cuda and x.dtype == torch.bfloat16 and x.dim() == 4:
-                return group_norm(x, groups, weight, bias, eps, name == "group_norm_silu")
-            return kept[name](x, groups, weight, bias, eps)
+        def run(
+            x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+            eps: float = 1e-5, skip: Tensor | None = None,
+        ) -> Tensor:  # fmt: skip
+            fits = x.device.type == device.type and x.dtype == torch.bfloat16 and x.dim() == 4
+            if fits and weight is not None and bias is not None:
+                joined = x if skip is None else torch.cat((x, skip), 1)
+                return group_norm(joined, groups, weight, bias, eps, name == "group_norm_silu")
+            return kept[name](x, groups, weight, bias, eps, skip)
 
         return run
 
