@@ -37,7 +37,7 @@ class Tile:
 
     @property
     def threads(self) -> int:
-        return 128 * (self.warpgroups + 1)
+        return 128 * (self.warpgroups + (self.stages > 1))
 
     def smem_bytes(self, head_dim: int) -> int:
         """Q rows and 2 x stages key blocks of 128-byte rows, one row per 64 columns; barriers."""
@@ -76,6 +76,8 @@ def attention_sm90a(
         return out.zero_()
     q, scale_log2 = attention_mma.positive_scale(q, scale)
     tile = tile or choose_tile(b * h, n, m, d, q.dtype)
+    if tile.stages == 1 and not tile.block_n - 16 < m <= tile.block_n:
+        raise ValueError(f"attention: {tile} is for {tile.block_n - 15} to {tile.block_n} keys")
     block_m, short = 64 * tile.warpgroups, SHORT_NAME[q.dtype]
     maps = (_heads(q, block_m), _heads(k, tile.block_n), _heads(v, tile.block_n), _heads(out, 64))
     tile.program(d, short).launch(

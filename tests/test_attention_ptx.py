@@ -87,6 +87,7 @@ def test_lazy_tiles_in_the_emulator(tile, keys, head_dim):
     ("tile", "queries", "keys", "head_dim"),
     [
         (Tile(1, 80, 1, False, 0), 60, 77, 40),
+        (Tile(2, 48, 1, False, 0, prefetch=True), 150, 33, 64),
         (Tile(2, 32, 2, False, 0, pv_first=True), 100, 100, 160),
         (Tile(3, 64, 2, True, 0), 130, 200, 72),
         (Tile(2, 48, 2, True, 0, pv_first=True), 130, 200, 256),
@@ -95,6 +96,13 @@ def test_lazy_tiles_in_the_emulator(tile, keys, head_dim):
 def test_exact_tiles_in_the_emulator(tile, queries, keys, head_dim):
     q, k, v = draw(queries, keys, head_dim)
     assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
+
+
+def test_a_tile_for_one_block_of_keys_takes_no_other_number():
+    q, k, v = draw(10, 81, 40)
+    for keys in (64, 81):
+        with pytest.raises(ValueError, match="is for 65 to 80 keys"):
+            attention_sm90a(q, k[:, :keys], v[:, :keys], None, Tile(1, 80, 1, False, 0))
 
 
 def run(q, k, v, scale=None):
@@ -109,7 +117,7 @@ def test_scores_beyond_the_lazy_maximum_run_again(tile, dtype, largest):
     assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
 
 
-@pytest.mark.parametrize("tile", [*LAZY, Tile(1, 80, 1, False, 0)])
+@pytest.mark.parametrize("tile", [*LAZY, Tile(1, 16, 1, False, 0)])
 def test_one_key_gives_its_value_exactly(tile):
     q, k, v = draw(70, 1, 64)
     assert torch.equal(attention_sm90a(q, k, v, None, tile), v.expand(1, 70, 1, 64))

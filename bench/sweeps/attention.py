@@ -50,7 +50,7 @@ def tiles(n: int, m: int, d: int) -> list[Tile]:
     if m <= 128:
         keys = -(-m // 16) * 16
         found = variants(Tile(4, keys, 2, False, 0))
-        found += [replace(Tile(g, keys, 1, False, 0), **ahead) for g in (2, 4)]
+        found += [Tile(g, keys, 1, False, 0, prefetch=True) for g in (1, 2, 4)]
     elif d <= 48:
         tile = Tile(4, 80, 3, True, 2, True)
         found = variants(tile) + [replace(tile, **ahead, pv_first=True), replace(tile, **mixed)]
