@@ -34,6 +34,7 @@ class Tile:
     prefetch: bool = False
     early: bool = False
     interleave: bool = False
+    short_first: bool = False
 
     @property
     def threads(self) -> int:
@@ -59,6 +60,7 @@ class Tile:
             PREFETCH=self.prefetch,
             EARLY=self.early,
             INTERLEAVE=self.interleave,
+            SHORT_FIRST=self.short_first,
             dtype=dtype,
         )
 

@@ -55,6 +55,7 @@ def tiles(n: int, m: int, d: int) -> list[Tile]:
         tile = Tile(4, 80, 3, True, 2, True)
         found = variants(tile) + [replace(tile, **ahead, pv_first=True), replace(tile, **mixed)]
         found += [replace(tile, **mixed, ping_pong=False), replace(tile, **mixed, poly=1)]
+        found += [replace(tile, **fields, short_first=True) for fields in (ahead, mixed)]
     elif d <= 64:
         tile = Tile(3, 128, 2, True, 1, True, pv_first=True, unroll=True)
         found = [*variants(tile), replace(tile, **mixed), replace(tile, **mixed, ping_pong=False)]
