@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mirage_hello.kernels import (
+    conv2d_fp8,
     conv2d_fused,
     conv2d_sm90a,
     forget_choices,
@@ -26,6 +27,7 @@ from mirage_hello.kernels import (
     use,
 )
 from mirage_hello.kernels.parity import Parity, judge
+from mirage_hello.model import fp8
 
 from . import model
 from .rows import Options
@@ -33,14 +35,20 @@ from .tune import Called, Run, copied, requests
 
 
 def model_calls(options: Options) -> list[Called]:
-    """Every call of one step of the model that asks for a tile, once for each key."""
+    """Every call of one step of the model that asks for a tile, once for each key: in the model's
+    dtype, and then in e4m3 where a layer can multiply in it."""
     models = model.Models(options)
     unet = models.plain[0].unet
     inputs = model.unet_inputs(unet.config, options, models.dtype)
     with torch.no_grad(), use("auto"):
-        unet(*inputs)  # once before: the self-tests of the kernels make calls of their own
+        with fp8.noted() as maxima:  # before: the self-tests of the kernels make calls of their own
+            unet(*inputs)
+        names = {layer: name for name, layer in unet.named_modules()}
         with recorded() as calls:
             unet(*inputs)
+            fp8.use(unet, {names[layer]: float(m) / fp8.LARGEST for layer, m in maxima.items()})
+            unet(*inputs)
+            fp8.use(unet, {})
     return [
         Called({"op": op, "case": key, "dtype": model.model_dtype(options)}, run, args, kwargs,
                held_against_its_own(run, args, kwargs))
@@ -79,7 +87,8 @@ def recorded() -> Iterator[dict[tuple[str, str], tuple[Run, tuple, dict[str, Any
     patch = unittest.mock.patch
     with contextlib.ExitStack() as stack:
         fused = recording(conv2d_sm90a.conv2d_fused_sm90a)  # by name, and in a table
-        stack.enter_context(patch.object(conv2d_sm90a, "conv2d_fused_sm90a", fused))
+        for module in (conv2d_sm90a, conv2d_fp8):
+            stack.enter_context(patch.object(module, "conv2d_fused_sm90a", fused))
         stack.enter_context(patch.dict(conv2d_fused.BACKENDS, ptx=fused))
         for name in ("normed", "scaled"):  # which layer_norm_linear and linear_fp8 call by name
             run = recording(getattr(linear_sm90a, name))

@@ -45,7 +45,8 @@ def note(layer: nn.Conv2d | nn.Linear, x: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _noted() -> Iterator[dict[nn.Module, Tensor]]:
+def noted() -> Iterator[dict[nn.Module, Tensor]]:
+    """Within the block layers that could multiply in e4m3 note the largest value they read."""
     maxima: dict[nn.Module, Tensor] = {}
     token = _maxima.set(maxima)
     try:
@@ -63,7 +64,7 @@ def calibrate(stream: Any, frames: Iterable[Any]) -> dict[str, float]:
         ValueError: no frames.
     """
     names = {module: name for name, module in stream.denoiser.named_modules()}
-    with _noted() as maxima:
+    with noted() as maxima:
         for frame in frames:
             stream.push_eagerly(frame)
     if not maxima:
