@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mirage_hello.kernels import attention_mma
+from mirage_hello.kernels import attention_mma, tuning
 from mirage_hello.kernels.call import Call
 from mirage_hello.ptx import loader
 
 SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16"}
+MULTIPROCESSORS = 132  # of an H100 or H200
+SHARE = {1: 1.2, 2: 0.9, 3: 0.75, 4: 0.78}  # of a round, by warpgroups; see Tile.clocks
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,19 @@ class Tile:
         """Q rows and 2 x stages key blocks of 128-byte rows, one row per 64 columns; barriers."""
         rows = 64 * self.warpgroups + 2 * self.stages * self.block_n
         return -(-head_dim // 64) * rows * 128 + 12 + 32 * self.stages
+
+    def clocks(self, heads: int, n: int, m: int, head_dim: int) -> float:
+        """Estimated clocks of `heads` times n queries and m keys.
+
+        A round of all warpgroups over one block of keys takes SHARE of what the exponential unit
+        (16 a clock) and the tensor cores (4096 FLOP a clock) would take one after the other; 2500
+        clocks are what no round overlaps. One block a multiprocessor; docs/attention.md.
+        """
+        steps = -(-head_dim // 16) * self.block_n // 2 + self.block_n // 16 * head_dim // 2
+        round_clocks = self.warpgroups * (64 * self.block_n / 16 + steps)
+        tiles = heads * -(-n // (64 * self.warpgroups))
+        per_tile = 2500 + -(-m // self.block_n) * SHARE[self.warpgroups] * round_clocks
+        return -(-tiles // MULTIPROCESSORS) * per_tile
 
     def program(self, head_dim: int, dtype: str) -> loader.Program:
         return loader.program(
@@ -101,30 +116,37 @@ def _heads(t: Tensor, rows: int) -> loader.TensorMap:
 
 
 def choose_tile(heads: int, n: int, m: int, d: int, dtype: torch.dtype) -> Tile:
-    """The tile for `heads` (batch x heads) times n queries and m keys; see docs/attention.md.
+    """The measured tile of this shape, else the one of the least estimated time.
 
-    Small heads want many consumer warps, which hide the latency of the exponential unit; few
-    tiles want 64-row tiles, which fill the H200's 132 multiprocessors.
+    Args:
+        heads: batch x heads. n, m: queries and keys.
     """
+    return tuning.tile_for(
+        "attention",
+        {"heads": heads, "n": n, "m": m, "d": d, "dtype": SHORT_NAME[dtype]},
+        lambda: candidates(m, d, dtype),
+        lambda tile: tile.clocks(heads, n, m, d),
+    )
 
-    def tiles(groups: int) -> int:
-        return heads * -(-n // (64 * groups))
 
-    # A lazy maximum needs a second block to pay; half precision overflows beyond 2^15 equal keys.
-    lazy = m > 128 and (dtype == torch.bfloat16 or m <= 16384)
-    if d <= 48 and m <= 80 and tiles(4) >= 96:
-        return Tile(4, 80, 2, False, 0)
-    if d <= 48 and tiles(4) >= 96:
-        return Tile(4, 80, 3, True, 2 if lazy else 0, lazy)
-    if d <= 64 and m >= 8192 and tiles(4) >= 96:
-        return Tile(4, 64, 3, True, 0, lazy)
-    if d <= 64 and tiles(3) >= 96:
-        return Tile(3, 128, 2, True, 1 if lazy else 0, lazy, pv_first=True, unroll=lazy)
-    if tiles(2) >= 128:
-        return Tile(2, 96 if d <= 128 else 64, 3 if d <= 192 else 2, False, 0, lazy)
-    if d <= 128:
-        return Tile(1, 128, 3 if d <= 80 else 2, False, 0, lazy, unroll=lazy)
-    return Tile(1, 64, 3 if d <= 192 else 2, False, 0, lazy, unroll=lazy)
+def candidates(m: int, d: int, dtype: torch.dtype) -> list[Tile]:
+    """Tiles that are right for m keys of head dimension d; docs/attention.md has their times."""
+    if m <= 128:  # all keys at once, in as many warpgroups as have the registers
+        keys = -(-m // 16) * 16
+        most = 4 if 3 * keys // 4 + d // 2 <= 88 else 2  # registers: 128 a thread, or 255
+        return [Tile(g, keys, 1, False, 0) for g in (4, 2, 1) if g <= most]
+    # A lazy maximum: half precision overflows beyond 2^15 equal keys.
+    lazy = dtype == torch.bfloat16 or m <= 16384
+    small, last = d <= 128, 3 if d <= 80 or 128 < d <= 192 else 2
+    found = [
+        Tile(2, 96 if small else 64, 3 if d <= 192 else 2, False, 0, lazy),
+        Tile(1, 128 if small else 64, last, False, 0, lazy, unroll=lazy),
+    ]
+    if d <= 64:
+        found.append(Tile(3, 128, 2, True, int(lazy), lazy, pv_first=True, unroll=lazy))
+        tall = Tile(4, 64, 3, True, 0, lazy) if d > 48 else Tile(4, 80, 3, True, 2 * lazy, lazy)
+        found.append(tall)
+    return found
 
 
 def supports(call: Call) -> str | None:

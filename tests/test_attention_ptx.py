@@ -9,13 +9,15 @@ import pytest
 import torch
 from attention_calls import BF16, F16, assert_right, draw, steep
 
-from mirage_hello.kernels.attention_sm90a import Tile, attention_sm90a, choose_tile
+from mirage_hello.kernels.attention_sm90a import Tile, attention_sm90a, candidates, choose_tile
 from mirage_hello.ptx import assembler
 
 # heads, queries, keys, head dimension: the rows of the benchmark, and odd head dimensions
 SHAPES = [
     (8, 4096, 4096, 40),
     (8, 4096, 77, 40),
+    (8, 1024, 77, 80),
+    (8, 256, 77, 160),
     (10, 4096, 4096, 64),
     (16, 8192, 8192, 64),
     (8, 1024, 1024, 80),
@@ -25,6 +27,7 @@ SHAPES = [
     (2, 300, 300, 256),
 ]
 TILES = sorted({(shape[-1], choose_tile(*shape, BF16)) for shape in SHAPES}, key=str)
+TILES = [(head_dim, tile) for head_dim, tile in TILES if tile.stages > 1]  # take any number of keys
 # Small, one of each kind of loop: turns or not, either order of the products, unrolled or not.
 LAZY = [
     Tile(3, 48, 3, True, 2, True),
@@ -70,6 +73,33 @@ def test_exponentials_run_under_the_second_product(head_dim, tile, loops, least,
     assert len(pieces) == loops + 1, "the lazy loop, unrolled or not, and the exact one"
     for piece in pieces:
         assert piece.index("0") >= least, "exponentials before the wait for P V"
+
+
+@pytest.mark.parametrize("keys", [77, 128])
+@pytest.mark.parametrize("head_dim", [40, 64, 160])
+def test_tiles_for_one_block_of_keys_have_no_spills(head_dim, keys):
+    for tile in candidates(keys, head_dim, BF16):
+        assert tile.smem_bytes(head_dim) <= 232448
+        _, said = assembler.ptxas(tile.program(head_dim, "bf16").text, "sm_90a", ("-v",))
+        assert " 0 bytes spill stores" in said
+        assert "C75" not in said, said
+
+
+@pytest.mark.parametrize(
+    ("shape", "warpgroups"),
+    [
+        ((8, 4096, 4096, 40), 4),  # 128 tiles of 256 rows
+        ((16, 4096, 4096, 40), 4),
+        ((10, 4096, 4096, 64), 3),  # 220 of 192 in 2 rounds, 160 of 256 too
+        ((16, 8192, 8192, 64), 4),  # 512 in 4 rounds, where 688 of 192 take 6
+        ((8, 1024, 1024, 80), 1),  # 128 tiles of 64 rows
+        ((16, 8192, 8192, 128), 2),
+        ((8, 256, 256, 160), 1),
+        ((8, 4096, 77, 40), 4),
+    ],
+)
+def test_what_the_estimate_chooses(shape, warpgroups):
+    assert choose_tile(*shape, BF16).warpgroups == warpgroups
 
 
 # Emulated
@@ -204,6 +234,15 @@ def test_a_dominating_key_on_a_gpu(key):
     q = q.abs()
     k[:, key] = 1e3
     assert_right(attention_sm90a(q, k, v), q, k, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [1, 16, 77, 128, 129])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 160, 256])
+def test_every_candidate_on_a_gpu(head_dim, keys):
+    q, k, v = draw(300, keys, head_dim, device="cuda", batch=2, heads=3)
+    for tile in candidates(keys, head_dim, BF16):
+        assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
 
 
 @pytest.mark.gpu

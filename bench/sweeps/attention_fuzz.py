@@ -4,7 +4,7 @@
 
 Lengths, head dimensions, dtypes, layouts, scales and magnitudes are drawn from a printed seed;
 each case goes to one kernel in turn. Every second one is for sm_90a, with a tile drawn from all
-that its launcher knows for the head dimension, also those meant for much larger calls. A case is
+of its candidates, also those meant for much larger calls. A case is
 some dozens of small kernels and the host's work between them, so WORKERS processes share the card.
 Prints every failure and exits with 1 if there is one, or if a worker did not end.
 Writes $OUT/attention-fuzz.json.
@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mirage_hello.kernels import attention_mma, parity
 from mirage_hello.kernels.attention import attention_torch
-from mirage_hello.kernels.attention_sm90a import SHORT_NAME, Tile, attention_sm90a, choose_tile
+from mirage_hello.kernels.attention_sm90a import SHORT_NAME, Tile, attention_sm90a, candidates
 from mirage_hello.reference import attention
 
 WORKERS = 10
@@ -38,17 +38,6 @@ GRACE_S = 30  # what a worker may take to start, beyond its own seconds
 PLAIN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 HEAD_DIMS = (8, 40, 64, 72, 80, 128, 160, 256)
 DTYPES = (torch.bfloat16, torch.float16)
-# heads x batch, queries, keys: one of each kind of call that choose_tile tells apart
-CALLS = [
-    (4, 400, 1),
-    (4, 400, 400),
-    (8, 256, 256),
-    (8, 1024, 1024),
-    (8, 4096, 77),
-    (64, 1024, 1024),
-    (16, 4096, 4096),
-    (16, 8192, 8192),
-]
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "ptx/sm_90a": attention_sm90a,
     "ptx/sm_80": attention_mma.attention_sm80,
@@ -58,8 +47,10 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
 
 
 @functools.cache
-def tiles(head_dim: int, dtype: torch.dtype) -> list[Tile]:
-    return sorted({choose_tile(*call, head_dim, dtype) for call in CALLS}, key=str)
+def tiles(keys: int, head_dim: int, dtype: torch.dtype) -> list[Tile]:
+    """Of few keys also those that walk blocks of keys, which such calls are not given."""
+    found = candidates(keys, head_dim, dtype) + candidates(400, head_dim, dtype)
+    return list(dict.fromkeys(found))
 
 
 def draw(rng: random.Random) -> dict:
@@ -103,7 +94,8 @@ def compile_all() -> None:
             kind = attention_mma.ELEMENT[dtype][1]
             jobs.append(attention_mma.choose_tile(d, 400, 4, 132).program(d, kind))
             jobs.append(attention_mma.cuda_source(d, dtype))
-            jobs += [tile.program(d, SHORT_NAME[dtype]) for tile in tiles(d, dtype)]
+            every = {tile for keys in range(16, 145, 16) for tile in tiles(keys, d, dtype)}
+            jobs += [tile.program(d, SHORT_NAME[dtype]) for tile in every]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda program: program.compile("sm_90a"), set(jobs)))
 
@@ -122,7 +114,9 @@ def work(seed: int, wanted: int, seconds: float, report: Path) -> None:
             plain = attention_torch(q, k, v, case["scale"])
         options = {}
         if KERNELS[name] is attention_sm90a:
-            case["tile"] = options["tile"] = rng.choice(tiles(case["head_dim"], case["dtype"]))
+            case["tile"] = options["tile"] = rng.choice(
+                tiles(case["keys"], case["head_dim"], case["dtype"])
+            )
         result = parity.judge(KERNELS[name](q, k, v, case["scale"], **options), plain, truth)
         if not result.passed:
             failures.append({"kernel": name, **{key: str(x) for key, x in case.items()}})
