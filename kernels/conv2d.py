@@ -2,6 +2,7 @@
 + bias[o] + channel_bias[b,o] + residual[b,o,p,q].
 
     x [B, C, H, W];  weight [O, C, R, S];  out [B, O, P, Q],  P = (H + 2 padding - R) // stride + 1
+    padding (before, after): as many zeros above and left, below and right
     with skip [B, C', H, W]: of cat([x, skip], 1); with upsample: of x doubled, nearest
 
 A residual block of a U-Net adds its time embedding (channel_bias) after one convolution and its
@@ -22,6 +23,7 @@ from mirage_hello.kernels import checks, conv2d_sm90a, product_sm80
 from mirage_hello.kernels.kernel import FLOATS, UNTIMED_RANK, Kernel
 from mirage_hello.kernels.registry import Op, define, register
 from mirage_hello.kernels.triton import refuses_product
+from mirage_hello.reference import Padding, sides
 
 # Contract
 
@@ -34,7 +36,8 @@ def check(values: Mapping[str, Any]) -> None:
     checks.dimensions("conv2d", "x", x, "B, C, H, W")
     checks.dimensions("conv2d", "weight", weight, "O, C, R, S")
     checks.whole_number("conv2d", "stride", stride, 1)
-    checks.whole_number("conv2d", "padding", padding, 0)
+    for side in padding if isinstance(padding, tuple) and len(padding) == 2 else (padding,):
+        checks.whole_number("conv2d", "padding", side, 0)
     (batch, channels, *image), (outputs, in_channels, *window) = x.shape, weight.shape
     if values["skip"] is not None:
         checks.dimensions("conv2d", "skip", values["skip"], "B, C', H, W")
@@ -55,7 +58,8 @@ def check(values: Mapping[str, Any]) -> None:
         )
     if channels == 0 or outputs == 0:
         raise ValueError(f"conv2d: weight must have channels (got {tuple(weight.shape)})")
-    if any(0 in (w, n) or n + 2 * padding < w for n, w in zip(image, window, strict=True)):
+    around = sum(sides(padding))
+    if any(0 in (w, n) or n + around < w for n, w in zip(image, window, strict=True)):
         raise ValueError(
             f"conv2d: a {window[0]}x{window[1]} window must fit the padded image (got "
             f"{image[0]}x{image[1]}, padding {padding}); use a larger image or more padding"
@@ -69,11 +73,11 @@ def check(values: Mapping[str, Any]) -> None:
 
 
 def output_size(
-    image: tuple[int, int], window: tuple[int, int], stride: int, padding: int
+    image: tuple[int, int], window: tuple[int, int], stride: int, padding: Padding
 ) -> tuple[int, int]:
     """(P, Q) of an image (H, W) and a window (R, S)."""
-    (height, width), (r, s) = image, window
-    return (height + 2 * padding - r) // stride + 1, (width + 2 * padding - s) // stride + 1
+    (height, width), (r, s), around = image, window, sum(sides(padding))
+    return (height + around - r) // stride + 1, (width + around - s) // stride + 1
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
@@ -93,6 +97,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> list[tuple[tuple, dict]
         ((x, weight, draw(40)), {"padding": 1, **epilogue}),
         ((halves, weight, draw(40)), {"padding": 1, "skip": wide, "upsample": True}),
         ((x, weight, draw(40)), {"stride": 2, "padding": 1}),
+        ((x, weight, None), {"stride": 2, "padding": (0, 1)}),
         ((draw(1, 24, 5, 5), draw(16, 24, 1, 1, scale=0.2)), {}),
     ]
 
@@ -107,6 +112,12 @@ def gathered(x: Tensor, skip: Tensor | None, upsample: bool) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x
 
 
+def evenly_padded(x: Tensor, padding: Padding) -> tuple[Tensor, int]:
+    """x and the padding that is left to do, the same on every side: uneven ones are a copy."""
+    before, after = sides(padding)
+    return (x, before) if before == after else (F.pad(x, (before, after, before, after)), 0)
+
+
 # torch
 
 
@@ -115,15 +126,15 @@ def conv2d_torch(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int = 1,
-    padding: int = 0,
+    padding: Padding = 0,
     channel_bias: Tensor | None = None,
     residual: Tensor | None = None,
     skip: Tensor | None = None,
     upsample: bool = False,
 ) -> Tensor:
     """F.conv2d (cuDNN), then each addition in place; the input is made first, by copies."""
-    x = gathered(x, skip, upsample)
-    out = F.conv2d(x, weight, bias, stride, padding)
+    x, even = evenly_padded(gathered(x, skip, upsample), padding)
+    out = F.conv2d(x, weight, bias, stride, even)
     if channel_bias is not None:
         out += channel_bias[:, :, None, None]
     if residual is not None:
@@ -139,7 +150,7 @@ def conv2d_triton(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int = 1,
-    padding: int = 0,
+    padding: Padding = 0,
     channel_bias: Tensor | None = None,
     residual: Tensor | None = None,
     skip: Tensor | None = None,
@@ -147,8 +158,8 @@ def conv2d_triton(
 ) -> Tensor:
     from mirage_hello.kernels.triton.conv2d import conv2d
 
-    x = gathered(x, skip, upsample)
-    return conv2d(x, weight, bias, stride, padding, channel_bias, residual)
+    x, even = evenly_padded(gathered(x, skip, upsample), padding)
+    return conv2d(x, weight, bias, stride, even, channel_bias, residual)
 
 
 # sm_80: kernels/product_sm80.py launches kernels/cuda/product.cu and ptx/product.sm80.ptx.j2

@@ -77,7 +77,7 @@ def conv2d_fp8(
     x_scale: float,
     bias: Tensor | None = None,
     stride: int = 1,
-    padding: int = 0,
+    padding: reference.Padding = 0,
     channel_bias: Tensor | None = None,
     residual: Tensor | None = None,
     skip: Tensor | None = None,

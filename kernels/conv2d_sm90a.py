@@ -11,6 +11,7 @@ from mirage_hello.kernels.call import Call, TensorSpec
 from mirage_hello.kernels.conv2d_norm import Norm, merged_early, norm_args
 from mirage_hello.kernels.conv2d_tiles import Tile, candidates, choose_tile
 from mirage_hello.ptx import loader
+from mirage_hello.reference import Padding, sides
 
 __all__ = ["candidates", "choose_tile", "conv2d_fused_sm90a", "conv2d_sm90a", "program", "supports"]
 
@@ -22,7 +23,7 @@ def conv2d_sm90a(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int = 1,
-    padding: int = 0,
+    padding: Padding = 0,
     channel_bias: Tensor | None = None,
     residual: Tensor | None = None,
     skip: Tensor | None = None,
@@ -39,7 +40,7 @@ def conv2d_fused_sm90a(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int = 1,
-    padding: int = 0,
+    padding: Padding = 0,
     channel_bias: Tensor | None = None,
     residual: Tensor | None = None,
     skip: Tensor | None = None,
@@ -67,7 +68,8 @@ def conv2d_fused_sm90a(
     fp8, dtype = scales is not None, torch.bfloat16 if scales is not None else x.dtype
     (batch, channels, height, width), (outputs, _, r, s) = x.shape, weight.shape
     up = 2 if upsample else 1
-    p, q = ((up * n + 2 * padding - t) // stride + 1 for n, t in ((height, r), (width, s)))
+    before, after = sides(padding)
+    p, q = ((up * n + before + after - t) // stride + 1 for n, t in ((height, r), (width, s)))
     out = torch.empty(
         (batch, outputs, p, q), dtype=dtype, device=x.device, memory_format=torch.channels_last
     )
@@ -102,7 +104,7 @@ def conv2d_fused_sm90a(
             *maps, *((scales, x_scale) if fp8 else ()), bias, channel_bias, residual,
             *((sums, parts) if unit else ()), out, outputs,
             *((math.prod(tiles), *tiles[:2]) if tile.persistent else (tiles_x,) if unit else ()),
-            blocks, p, q, tiles_y, padding, channels,
+            blocks, p, q, tiles_y, before, channels,
             *(norm_args(norm, x, skip, batch if tile.persistent else 1) if norm else ()),
             *((1 / x_scale,) if tile.quantises else ()),
         ),
@@ -172,7 +174,8 @@ def supports(call: Call) -> str | None:
     for name, size in sizes.items():
         if size % 8:
             return f"{name} must be a multiple of 8 (got {size})"
-    if args["upsample"] and (r, s, args["stride"], args["padding"]) != (3, 3, 1, 1):
+    padding = sides(args["padding"])
+    if args["upsample"] and (r, s, args["stride"], *padding) != (3, 3, 1, 1, 1):
         got = f"{r}x{s}, stride {args['stride']}, padding {args['padding']}"
         return f"upsample needs a 3x3 window, stride 1, padding 1 (got {got})"
     for name in ("x", "weight", "residual", "skip"):

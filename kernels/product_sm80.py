@@ -13,6 +13,7 @@ from torch import Tensor
 from mirage_hello.kernels import conv2d_sm90a, linear_sm90a, tuning
 from mirage_hello.kernels.call import Call
 from mirage_hello.ptx import loader
+from mirage_hello.reference import Padding, sides
 
 ELEMENTS = {torch.float16: ("__half", "f16"), torch.bfloat16: ("__nv_bfloat16", "bf16")}
 BLOCK_M = 128
@@ -73,7 +74,7 @@ def conv2d_with(source: Source) -> Callable[..., Tensor]:
         weight: Tensor,
         bias: Tensor | None = None,
         stride: int = 1,
-        padding: int = 0,
+        padding: Padding = 0,
         channel_bias: Tensor | None = None,
         residual: Tensor | None = None,
         skip: Tensor | None = None,
@@ -81,12 +82,13 @@ def conv2d_with(source: Source) -> Callable[..., Tensor]:
         tile: Tile | None = None,
     ) -> Tensor:
         (batch, channels, height, width), (outputs, _, r, s) = x.shape, weight.shape
-        p, q = ((n + 2 * padding - t) // stride + 1 for n, t in ((height, r), (width, s)))
+        before, after = sides(padding)
+        p, q = ((n + before + after - t) // stride + 1 for n, t in ((height, r), (width, s)))
         layout = torch.channels_last
         size = (batch, outputs, p, q)
         out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
         tensors = (x, weight, bias, channel_bias, residual, out)
-        sizes = (channels, height, width, outputs, p, q, s, r * s, stride, padding, batch * p * q)
+        sizes = (channels, height, width, outputs, p, q, s, r * s, stride, before, batch * p * q)
         return _launch(source, tensors, sizes, False, tile)
 
     return conv2d
@@ -161,7 +163,8 @@ def supports_conv2d(call: Call) -> str | None:
 
 def _refuses_pixels(call: Call) -> str | None:
     x = call.args["x"].shape
-    pixels = x[0] * (x[2] + 2 * call.args["padding"]) * (x[3] + 2 * call.args["padding"])
+    around = sum(sides(call.args["padding"]))
+    pixels = x[0] * (x[2] + around) * (x[3] + around)
     return f"must have fewer than 2^31 pixels (got {pixels})" if pixels >= 2**31 else None
 
 

@@ -1,7 +1,7 @@
 """The truth: every op in plain PyTorch, usable in float64. Imports torch and nothing else."""
 
 from mirage_hello.reference.attention import attention
-from mirage_hello.reference.conv2d import conv2d
+from mirage_hello.reference.conv2d import Padding, conv2d, sides
 from mirage_hello.reference.elementwise import (
     add_noise,
     axpby,
@@ -16,6 +16,7 @@ from mirage_hello.reference.linear import geglu, linear
 from mirage_hello.reference.normalization import group_norm, group_norm_silu, layer_norm
 
 __all__ = [
+    "Padding",
     "add_noise",
     "attention",
     "axpby",
@@ -31,5 +32,6 @@ __all__ = [
     "linear",
     "model_to_frame",
     "residual_add",
+    "sides",
     "silu",
 ]

@@ -4,13 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Padding = int | tuple[int, int]  # zeros on every side; or before and after, on both axes
+
+
+def sides(padding: Padding) -> tuple[int, int]:
+    """(before, after): rows of zeros above and below, columns left and right."""
+    return padding if isinstance(padding, tuple) else (padding, padding)
+
 
 def conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int = 1,
-    padding: int = 0,
+    padding: Padding = 0,
     channel_bias: Tensor | None = None,
     residual: Tensor | None = None,
     skip: Tensor | None = None,
@@ -23,9 +30,12 @@ def conv2d(
         x: [B, C, H, W]; zero padding outside.
         weight: [O, C, R, S]; with a skip, [O, C + C', R, S].
         bias: [O] or None.
-        stride, padding: the same for both axes.
+        stride: the same for both axes.
+        padding: on every side; or (before, after) on both axes, as Stable Diffusion's autoencoder
+            pads (0, 1) before it halves an image.
         channel_bias: [B, O] or None (a time embedding).
-        residual: [B, O, H', W'] or None, H' = (H + 2 padding - R) // stride + 1.
+        residual: [B, O, H', W'] or None, H' = (H + padding before and
+            after - R) // stride + 1.
         skip: [B, C', H, W] or None: channels that follow those of x, a skip connection.
         upsample: convolve x (and skip) upsampled by 2, nearest; H and W count twice above.
 
@@ -38,7 +48,10 @@ def conv2d(
         x = torch.cat([x, skip], 1)
     if upsample:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    out = F.conv2d(x, weight, bias, stride=stride, padding=padding)
+    before, after = sides(padding)
+    if before != after:
+        x, before = F.pad(x, (before, after, before, after)), 0
+    out = F.conv2d(x, weight, bias, stride=stride, padding=before)
     if channel_bias is not None:
         out = out + channel_bias[:, :, None, None]
     return out if residual is None else out + residual

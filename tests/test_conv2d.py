@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirage_hello.kernels import ops
+from mirage_hello.reference import sides
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # B, C, H, W, O, window, stride, padding
@@ -19,6 +20,8 @@ CASES = [
     (1, 40, 6, 6, 3, 3, 1, 0),
     (2, 3, 9, 9, 4, 5, 2, 2),
     (1, 80, 2, 2, 16, 3, 1, 1),
+    (1, 8, 8, 6, 16, 3, 2, (0, 1)),
+    (2, 16, 5, 9, 24, 3, 1, (2, 0)),
 ]
 
 
@@ -32,7 +35,8 @@ def inputs(device, dtype, case, layout=torch.channels_last):
     x = draw(device, dtype, b, c, h, w, layout=layout)
     fan_in = c * window * window
     weight = draw(device, dtype, o, c, window, window, layout=layout, scale=fan_in**-0.5)
-    size = [(n + 2 * padding - window) // stride + 1 for n in (h, w)]
+    around = sum(sides(padding))
+    size = [(n + around - window) // stride + 1 for n in (h, w)]
     return x, weight, {"stride": stride, "padding": padding}, (b, o, *size)
 
 
@@ -116,12 +120,14 @@ def test_output_layout_follows_x(device):
         ({"stride": 0}, ValueError, r"stride must be at least 1 \(got 0\)"),
         ({"stride": (1, 1)}, TypeError, r"stride must be an int"),
         ({"padding": -1}, ValueError, r"padding must be at least 0"),
+        ({"padding": (0, -1)}, ValueError, r"padding must be at least 0"),
+        ({"padding": (1, 1, 1)}, TypeError, r"padding must be an int"),
     ],
 )
 def test_bad_input(change, error, text):
     values = {"x": (2, 3, 5, 5), "weight": (4, 3, 3, 3), **change}
     options = {
-        name: torch.zeros(v) if isinstance(v, tuple) and name != "stride" else v
+        name: torch.zeros(v) if isinstance(v, tuple) and name not in ("stride", "padding") else v
         for name, v in values.items()
     }
     with pytest.raises(error, match=text):

@@ -33,7 +33,8 @@ def draw(*shape, dtype=torch.bfloat16, scale=1.0, device="cpu"):
 
 def inputs(b, c, h, w, o, window=3, stride=1, padding=1, dtype=torch.bfloat16, device="cpu"):
     """Arguments of ops.conv2d with everything in the epilogue."""
-    p, q = ((n + 2 * padding - window) // stride + 1 for n in (h, w))
+    around = sum(reference.sides(padding))
+    p, q = ((n + around - window) // stride + 1 for n in (h, w))
     size = {"dtype": dtype, "device": device}
     weight = draw(o, c, window, window, scale=(window**2 * c) ** -0.5, **size)
     image = draw(b, c, h, w, **size), weight, draw(o, **size)
@@ -86,6 +87,15 @@ def test_emulated_windows(window, stride):
     assert result.passed, result
 
 
+@pytest.mark.parametrize("padding", [0, 2, (0, 1), (2, 0)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_emulated_paddings(stride, padding):
+    """Even and uneven, as Stable Diffusion's autoencoder pads where it halves an image."""
+    tile = Tile(1, 32, patch=stride == 1)
+    result = in_parity(inputs(2, 24, 13, 10, 40, 3, stride, padding), tile)
+    assert result.passed, str(result)
+
+
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("skip_channels", [0, 8, 72])
 def test_emulated_inputs(skip_channels, upsample):
@@ -111,6 +121,11 @@ def test_every_candidate_fits_the_shared_memory():
             assert fitted.layout(window, window)[1] <= SMEM_BYTES[tile.blocks_per_sm], tile
 
 
+def test_stages_that_do_not_fit_are_an_error():
+    with pytest.raises(ValueError, match="a block may have 232448 bytes of shared memory"):
+        Tile(2, 160, patch=True, stages=12).fitted(45, 3, 3)
+
+
 def test_a_split_without_work_is_an_error():
     with pytest.raises(ValueError, match="1 K blocks cannot be split over 2"):
         conv2d_sm90a.conv2d_sm90a(draw(1, 8, 4, 4), draw(8, 8, 1, 1), tile=Tile(1, 32, 2))
@@ -123,6 +138,7 @@ def test_a_split_without_work_is_an_error():
         ({"weight": draw(12, 16, 3, 3)}, "O must be a multiple of 8"),
         ({"x": torch.randn(1, 16, 8, 8).bfloat16()}, "x must be channels-last"),
         ({"upsample": True, "padding": 0}, "upsample needs a 3x3 window"),
+        ({"upsample": True, "padding": (1, 2)}, "upsample needs a 3x3 window"),
     ],
 )
 def test_refusals(change, reason):
@@ -140,7 +156,9 @@ def test_random_shapes_on_the_gpu(seed):
         c, o = 8 * dice.randint(1, 40), 8 * dice.randint(1, 40)
         window, stride = dice.choice([1, 3, 3]), dice.choice([1, 1, 2])
         dtype = dice.choice([torch.bfloat16, torch.float16])
-        args = inputs(b, c, h, w, o, window, stride, window // 2, dtype, "cuda")
+        padding = dice.choice([window // 2, (0, window // 2), (window // 2, window - 1)])
+        h, w = max(h, window), max(w, window)
+        args = inputs(b, c, h, w, o, window, stride, padding, dtype, "cuda")
         fits = conv2d_sm90a.candidates(window**2 * -(-c // 64), window, window, stride)
         for tile in (None, dice.choice(fits)):
             parity.poison(args[-1])

@@ -23,6 +23,7 @@ from mirage_hello.kernels import conv2d_sm90a as conv
 from mirage_hello.kernels import parity
 from mirage_hello.kernels.conv2d_sm90a import SHORT_NAME
 from mirage_hello.kernels.conv2d_tiles import Tile
+from mirage_hello.reference import sides
 
 # (tile, window, stride, skip, upsample, unit, activation, whether SiLU follows a norm or None)
 Kind = tuple[Tile, int, int, bool, bool, int, str | None, bool | None]
@@ -68,10 +69,11 @@ def draw(rng: random.Random, kind: Kind) -> dict[str, Any]:
     c = step * rng.randint(-(-64 * -(-tile.split // window**2) // step), 320 // step)
     extra = step * rng.randint(1, 160 // step) if with_skip else 0
     o = 40 * rng.randint(1, 6) if unit else 8 * rng.randint(1, 30)
-    up, pad = 2 if upsample else 1, window // 2
+    up, pad = 2 if upsample else 1, (window // 2, window // 2)
     if not upsample:  # as far as a window fits, and up to one that sees nothing but zeros
-        pad = rng.randint(max(0, -(-(window - min(h, w)) // 2)), window - 1)
-    p, q = ((up * n + 2 * pad - window) // stride + 1 for n in (h, w))
+        least = max(0, -(-(window - min(h, w)) // 2))
+        pad = tuple(rng.randint(least, window - 1) for _ in range(2))
+    p, q = ((up * n + sum(sides(pad)) - window) // stride + 1 for n in (h, w))
     size, mean = (c + extra, window, window), rng.choice((0.0, 0.0, 100.0))
     x = image(b, c, h, w, dtype=dtype)
     skip = image(b, extra, h, w, dtype=dtype) if extra else None
