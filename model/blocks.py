@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from mirage_hello.kernels import ops
 from mirage_hello.model.layers import (
     Image,
+    Tokens,
     convolve,
     feed_forward,
+    feed_forward_out,
     fused_backend,
     leaves_sums,
     project,
     project_in,
+    project_out,
 )
 
 RESNET_EPS = 1e-5  # Stable Diffusion 1.5's values: 1e-5 in residual blocks,
@@ -71,13 +74,13 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_out: Any = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, h: Tensor, norm: nn.LayerNorm) -> Tensor:
+    def forward(self, h: Tokens, norm: nn.LayerNorm) -> Tokens:
         """h: the residual stream [B, N, C]; norm: what comes before q, k and v."""
         qkv = project(h, self.to_qkv, norm)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, N, H, D], no copy
-        return _project(ops.attention(q, k, v), self.to_out[0], h)
+        return project_out(ops.attention(q, k, v), self.to_out[0], h, readers=h.rows.shape[-1])
 
 
 class CrossAttention(nn.Module):
@@ -91,20 +94,16 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_kv = nn.Linear(context_dim, 2 * channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_out: Any = nn.ModuleList([nn.Linear(channels, channels)])
 
     def keys_values(self, context: Tensor) -> Tensor:
         """[B, L, context_dim] -> [B, L, 2C]."""
         return ops.linear(context, self.to_kv.weight)
 
-    def forward(self, h: Tensor, norm: nn.LayerNorm, keys_values: Tensor) -> Tensor:
+    def forward(self, h: Tokens, norm: nn.LayerNorm, keys_values: Tensor) -> Tokens:
         q = project(h, self.to_q, norm).unflatten(-1, (self.heads, -1))
         k, v = keys_values.unflatten(-1, (2, self.heads, -1)).unbind(2)
-        return _project(ops.attention(q, k, v), self.to_out[0], h)
-
-
-def _project(heads: Tensor, out: nn.Module, h: Tensor) -> Tensor:
-    return ops.linear(heads.flatten(2), out.weight, out.bias, residual=h)
+        return project_out(ops.attention(q, k, v), self.to_out[0], h, readers=8 * h.rows.shape[-1])
 
 
 class GEGLU(nn.Module):
@@ -125,7 +124,7 @@ class FeedForward(nn.Module):
             {"0": GEGLU(channels, inner), "2": nn.Linear(inner, channels)}
         )
 
-    def forward(self, h: Tensor, norm: nn.LayerNorm) -> Tensor:
+    def forward(self, h: Tokens, norm: nn.LayerNorm) -> Tensor:
         return feed_forward(h, self.net["0"].proj, self.net["2"], norm)
 
 
@@ -141,10 +140,12 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, h: Tensor, keys_values: Tensor) -> Tensor:
-        h = self.attn1(h, self.norm1)
-        h = self.attn2(h, self.norm2, keys_values)
-        return self.ff(h, self.norm3)
+    def forward(self, h: Tokens, keys_values: Tensor) -> Tensor:
+        return self.ff(self.attend(h, keys_values), self.norm3)
+
+    def attend(self, h: Tokens, keys_values: Tensor) -> Tokens:
+        """Without the feed-forward."""
+        return self.attn2(self.attn1(h, self.norm1), self.norm2, keys_values)
 
 
 class Transformer(nn.Module):
@@ -172,13 +173,17 @@ class Transformer(nn.Module):
         return self.transformer_blocks[0].attn2.keys_values(context)
 
     def forward(self, x: Image, keys_values: Tensor) -> Image:
-        h = _tokens(project_in(x, self.proj_in, self.norm))
-        h = self.transformer_blocks[0](h, keys_values)
-        out = self.proj_out
-        if not self.unit or fused_backend(h) is None or not leaves_sums(x.pixels, out):
-            h = ops.linear(h, out.weight.flatten(1), out.bias, residual=_tokens(x.pixels))
-            return Image(_image(h, x))
-        return convolve(Image(_image(h, x)), out, residual=x.pixels, unit=self.unit)
+        block, out = self.transformer_blocks[0], self.proj_out
+        h = block.attend(project_in(x, self.proj_in, self.norm), keys_values)
+        gate, product = block.ff.net["0"].proj, block.ff.net["2"]
+        merged = feed_forward_out(h, x, gate, product, block.norm3, out, self.unit)
+        if merged is not None:
+            return merged
+        rows = block.ff(h, block.norm3)
+        if not self.unit or fused_backend(rows) is None or not leaves_sums(x.pixels, out):
+            rows = ops.linear(rows, out.weight.flatten(1), out.bias, residual=_tokens(x.pixels))
+            return Image(_image(rows, x))
+        return convolve(Image(_image(rows, x)), out, residual=x.pixels, unit=self.unit)
 
 
 def _image(h: Tensor, like: Image) -> Tensor:

@@ -25,10 +25,12 @@ from mirage_hello.kernels import (
     group_norm_apply,
     layer_norm_linear,
     linear_fp8,
+    linear_sm90a,
     ops,
 )
 from mirage_hello.kernels.call import device_arch
 from mirage_hello.kernels.policy import current
+from mirage_hello.kernels.row_sums import RowSums
 from mirage_hello.model import fp8
 from mirage_hello.model.derived import derived
 
@@ -48,12 +50,18 @@ class Ways:
             than the sums in the epilogue do.
         folds_from, folds_q_from: K from which on a LayerNorm is folded into q, k, v and the GEGLU
             behind it, or into the q of a cross-attention; below it is a pass of its own.
+        merges_from: C from which on a transformer's second feed-forward product and its projection
+            out are one product of K = 5 C.
+        row_sums: a linear layer leaves sums of its rows for the LayerNorm folded behind it, which
+            else takes a kernel for them.
         on_load: windows (1, 3) of the convolutions that normalise what they load.
     """
 
     sums_from: int = 0
     folds_from: int = 0
     folds_q_from: int = 0
+    merges_from: int = 0
+    row_sums: bool = True
     on_load: tuple[int, ...] = ()
 
 
@@ -66,6 +74,13 @@ class Image(NamedTuple):
 
     pixels: Tensor
     sums: Tensor | None = None
+
+
+class Tokens(NamedTuple):
+    """Rows [B, N, C], and the sums that their producer left for a LayerNorm, or None."""
+
+    rows: Tensor
+    sums: RowSums | None = None
 
 
 @contextlib.contextmanager
@@ -215,46 +230,70 @@ def _statistics(
     )
 
 
-def project_in(x: Image, conv: nn.Conv2d, norm: nn.GroupNorm) -> Tensor:
-    """conv(norm(x)) of a 1x1 convolution, without SiLU, [B, C, H, W] channels-last."""
+def project_in(x: Image, conv: nn.Conv2d, norm: nn.GroupNorm) -> Tokens:
+    """conv(norm(x)) of a 1x1 convolution, without SiLU, its pixels as rows."""
     if fused_backend(x.pixels) and x.sums is not None and 1 in _ways.get().on_load:
-        return convolve(x, conv, norm, norm_silu=False).pixels
-    h = normalise(x, norm, silu=False).pixels.permute(0, 2, 3, 1)
-    return ops.linear(h, conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+        h = convolve(x, conv, norm, norm_silu=False).pixels
+        return Tokens(h.permute(0, 2, 3, 1).flatten(1, 2))
+    h = normalise(x, norm, silu=False).pixels.permute(0, 2, 3, 1).flatten(1, 2)
+    return _linear(h, conv.weight.flatten(1), conv.bias)
 
 
-def project(x: Tensor, linear: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+def project(x: Tokens, linear: nn.Linear, norm: nn.LayerNorm) -> Tensor:
     """linear(layer_norm(x)), x [B, N, K]."""
-    backend = _folds(x, linear)
+    backend = _folds(x.rows, linear.in_features, linear.out_features)
     if backend is None:
-        x = ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-        return ops.linear(x, linear.weight, linear.bias)
+        rows = ops.layer_norm(x.rows, norm.weight, norm.bias, norm.eps)
+        return ops.linear(rows, linear.weight, linear.bias)
     folded = _folded(linear, norm)
     if backend == "ptx":
-        return layer_norm_linear.layer_norm_linear(x, folded, eps=norm.eps)
-    return layer_norm_linear.layer_norm_linear_torch(x, folded, eps=norm.eps)
+        return layer_norm_linear.layer_norm_linear(x.rows, folded, eps=norm.eps, sums=x.sums)
+    return layer_norm_linear.layer_norm_linear_torch(x.rows, folded, eps=norm.eps)
 
 
-def gated(x: Tensor, linear: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+def project_out(heads: Tensor, linear: nn.Linear, h: Tokens, readers: int) -> Tokens:
+    """h + linear(heads); readers: columns of the layer behind the LayerNorm that reads it."""
+    return _linear(heads.flatten(2), linear.weight, linear.bias, h.rows, readers)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    readers: int = 0,
+) -> Tokens:
+    """x weight^T + bias + residual, with sums where a LayerNorm folded into its reader wants them;
+    readers: columns of that layer, 0: many."""
+    width = len(weight)
+    if _folds(x, width, readers or 3 * width) == "ptx" and _ways.get().row_sums:
+        return Tokens(*linear_sm90a.linear_summed(x, weight, bias, residual))
+    return Tokens(ops.linear(x, weight, bias, residual=residual))
+
+
+def gated(x: Tokens, linear: nn.Linear, norm: nn.LayerNorm) -> Tensor:
     """geglu(layer_norm(x)), x [B, N, K]."""
-    backend = _folds(x, linear)
+    backend = _folds(x.rows, linear.in_features, linear.out_features)
     if backend is None:
-        x = ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-        return ops.geglu(x, linear.weight, linear.bias)
+        rows = ops.layer_norm(x.rows, norm.weight, norm.bias, norm.eps)
+        return ops.geglu(rows, linear.weight, linear.bias)
     folded = _folded(linear, norm)
     if backend == "ptx":
-        return layer_norm_linear.layer_norm_geglu(x, folded, norm.eps)
-    return layer_norm_linear.layer_norm_geglu_torch(x, folded, norm.eps)
+        return layer_norm_linear.layer_norm_geglu(x.rows, folded, norm.eps, sums=x.sums)
+    return layer_norm_linear.layer_norm_geglu_torch(x.rows, folded, norm.eps)
 
 
-def feed_forward(h: Tensor, gate: nn.Linear, out: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+def feed_forward(h: Tokens, gate: nn.Linear, out: nn.Linear, norm: nn.LayerNorm) -> Tensor:
     """h + out(geglu(layer_norm(h)))."""
-    scale = fp8.scale_of(out) if _folds(h, gate, always=True) == "ptx" else None
+    foldable = _folds(h.rows, gate.in_features, gate.out_features, always=True)
+    scale = fp8.scale_of(out) if foldable == "ptx" else None
     if scale is None:
         x = gated(h, gate, norm)
         fp8.note(out, x)
-        return ops.linear(x, out.weight, out.bias, residual=h)
-    x = layer_norm_linear.layer_norm_geglu(h, _folded(gate, norm), norm.eps, out_scale=scale)
+        return ops.linear(x, out.weight, out.bias, residual=h.rows)
+    x = layer_norm_linear.layer_norm_geglu(
+        h.rows, _folded(gate, norm), norm.eps, out_scale=scale, sums=h.sums
+    )
 
     def make() -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -264,18 +303,41 @@ def feed_forward(h: Tensor, gate: nn.Linear, out: nn.Linear, norm: nn.LayerNorm)
     sources = (out.weight,) if out.bias is None else (out.weight, out.bias)
     weight, columns = derived(out, sources, make, scale)
     packed = linear_fp8.Fp8Linear(weight, columns, scale)
-    return linear_fp8.linear_fp8(x, packed, h)
+    return linear_fp8.linear_fp8(x, packed, h.rows)
 
 
-def _folds(x: Tensor, linear: nn.Linear, always: bool = False) -> str | None:
-    """The kernel takes K in blocks of 64; the gate halves N."""
-    depth = linear.in_features
-    backend = None if depth % 64 or linear.out_features % 16 else fused_backend(x, "linear")
+def feed_forward_out(
+    h: Tokens, x: Image, gate: nn.Linear, out: nn.Linear, norm: nn.LayerNorm, proj: nn.Conv2d,
+    unit: int,
+) -> Image | None:  # fmt: skip
+    """x + proj(h + out(g)), g = geglu(layer_norm(h)), as x + [proj out, proj] [g, h]: one product
+    where there were two, and one rounding less. None: as two, another way.
+    """
+    backend, width = fused_backend(h.rows), h.rows.shape[-1]
+    if backend is None or width % 8 or fp8.in_use(out) or width < _ways.get().merges_from:
+        return None
+    g = gated(h, gate, norm)
+    fp8.note(out, g)
+    weight, bias = _merged(out, proj)
+    sides = x.pixels.shape[2:]
+    pixels, skip = (t.unflatten(1, sides).permute(0, 3, 1, 2) for t in (g, h.rows))
+    args = (1, 0, None, x.pixels, skip)
+    if not unit or not leaves_sums(x.pixels, proj):
+        return Image(ops.conv2d(pixels, weight, bias, *args))
+    return Image(
+        *conv2d_fused.conv2d_fused(pixels, weight, bias, *args, unit=unit, backend=backend)
+    )
+
+
+def _folds(x: Tensor, depth: int, columns: int, always: bool = False) -> str | None:
+    """How a LayerNorm is folded into the layer [columns, depth] behind it. The kernel takes K in
+    blocks of 64; the gate halves N."""
+    backend = None if depth % 64 or columns % 16 else fused_backend(x, "linear")
     if backend is None or always:
         return backend
     ways = _ways.get()
-    is_q = linear.out_features == depth
-    return backend if depth >= (ways.folds_q_from if is_q else ways.folds_from) else None
+    least = ways.folds_q_from if columns == depth else ways.folds_from
+    return backend if depth >= least else None
 
 
 # Weights made of weights
@@ -310,6 +372,24 @@ def _folded(linear: nn.Linear, norm: nn.LayerNorm) -> layer_norm_linear.FoldedLi
         return folded.weight, folded.columns
 
     return layer_norm_linear.FoldedLinear(*derived(linear, sources, make))
+
+
+def _merged(out: nn.Linear, proj: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """[proj out, proj] as a 1x1 convolution's weight [C, 5 C, 1, 1], and proj(out's bias)."""
+    sources = tuple(t for t in (out.weight, out.bias, proj.weight, proj.bias) if t is not None)
+
+    def make() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            wide = proj.weight.flatten(1).float()
+            both = torch.cat([wide @ out.weight.float(), wide], 1).to(proj.weight.dtype)
+            weight = both[:, :, None, None].contiguous(memory_format=torch.channels_last)
+            if out.bias is None or proj.bias is None:
+                return (weight,)
+            bias = wide @ out.bias.float() + proj.bias.float()
+            return weight, bias.to(proj.weight.dtype)
+
+    made = derived(proj, sources, make)
+    return made[0], made[1] if len(made) > 1 else None
 
 
 def _first_channels(x: Tensor, count: int) -> Tensor:

@@ -5,6 +5,7 @@ Every pair of (from how many pixels on convolutions leave sums, from which K on 
 one captured step with prepared conditions; all replay in turn. About 60 s.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -18,16 +19,27 @@ from mirage_hello.model import build, layers
 
 SIZE = 64  # of the latents of 512 x 512 pixels
 NEVER = 2**31
-SUMS = {"all": 0, "from 16x16": 256, "from 32x32": 1024, "at 64x64": 4096, "none": NEVER}
-FOLDS = {
-    "all": (0, 0),
-    "all but q": (0, NEVER),
-    "from 640": (640, 640),
-    "1280": (1280, 1280),
-    "1280 but q": (1280, NEVER),
-    "none": (NEVER, NEVER),
+SUMS = {"all": 0, "from 32x32": 1024, "at 64x64": 4096, "none": NEVER}
+FOLDS = {"all": (0, 0), "all but q": (0, NEVER), "1280": (1280, 1280), "none": (NEVER, NEVER)}
+OTHERS = {
+    "no merged products": {"merges_from": NEVER},
+    "products merged from 640": {"merges_from": 640},
+    "products merged of 1280": {"merges_from": 1280},
+    "no sums of rows": {"row_sums": False},
+    "none of both": {"row_sums": False, "merges_from": NEVER},
 }
 PRESET = "880m"
+
+
+def variants() -> dict[str, layers.Ways]:
+    """Every pair of where sums are left and where LayerNorms fold; then one change more."""
+    found = {}
+    for (sums, pixels), (folds, (depth, q_depth)) in itertools.product(SUMS.items(), FOLDS.items()):
+        found[f"sums {sums}, folds {folds}"] = layers.Ways(pixels, depth, q_depth)
+    for pixels in ("all", "at 64x64"):
+        for name, change in OTHERS.items():
+            found[f"sums {pixels}, folds all, {name}"] = layers.Ways(SUMS[pixels], 0, 0, **change)
+    return found
 
 
 @torch.no_grad()
@@ -55,20 +67,17 @@ def main(out: str, device: str = "cuda") -> int:
         allowed = 2 * error(unet(x, level, context))
     biases, keys = unet.noise_biases(level), unet.context_keys(context)
     steps, errors = {}, {}
-    for sums, pixels in SUMS.items():
-        for folds, (depth, q_depth) in FOLDS.items():
-            ways = layers.Ways(sums_from=pixels, folds_from=depth, folds_q_from=q_depth)
+    for name, ways in variants().items():
 
-            def step(ways: layers.Ways = ways) -> torch.Tensor:
-                with layers.going(ways):
-                    return unet(x, biases, keys)
+        def step(ways: layers.Ways = ways) -> torch.Tensor:
+            with layers.going(ways):
+                return unet(x, biases, keys)
 
-            name = f"sums {sums}, folds {folds}"
-            errors[name] = error(step())
-            if errors[name] <= allowed:
-                steps[name] = step
-            else:
-                print(f"{name}: error {errors[name]:.2e} of {allowed:.2e}", flush=True)
+        errors[name] = error(step())
+        if errors[name] <= allowed:
+            steps[name] = step
+        else:
+            print(f"{name}: error {errors[name]:.2e} of {allowed:.2e}", flush=True)
     print(f"built and right after {time.perf_counter() - started:.0f} s", flush=True)
     effort = harness.Effort(rounds=20, sample_us=2000.0)
     timed = harness.measure(steps, device, effort=effort)
