@@ -24,15 +24,25 @@ MULTIPROCESSORS = 132
 SECTOR_BYTES = 32  # rows of a slab start and end with whole ones
 ROW_BYTES = 128  # and are at least this long, where the groups allow
 MAX_VECS = 8
+SMEM_BYTES = 228 * 1024  # of a multiprocessor
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How x is cut: `slab_groups` groups by `vecs` accesses of each of `threads` threads."""
+    """How x is cut: `slab_groups` groups by `vecs` accesses of each of `threads` threads.
+
+    together: blocks that a multiprocessor may hold at once; 0: as many as fit.
+    """
 
     slab_groups: int
     threads: int
     vecs: int
+    together: int = 0
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory that nothing uses: it keeps more blocks away."""
+        return SMEM_BYTES // (self.together + 1) if self.together else 0
 
 
 def group_norm_apply(
@@ -80,7 +90,8 @@ def group_norm_apply(
     args = (x, skip, norm.sums, norm.skip_sums, norm.weight, norm.bias, out, pixels, norm.eps)
     name = "group_norm_apply" if out_scale is None else "group_norm_apply_to_e4m3"
     scale = () if out_scale is None else (1.0 / out_scale,)
-    program.launch(f"{name}_{SUFFIX[x.dtype]}", grid, (cut.threads,), (*args, *scale))
+    entry = f"{name}_{SUFFIX[x.dtype]}"
+    program.launch(entry, grid, (cut.threads,), (*args, *scale), cut.smem_bytes)
     return out
 
 

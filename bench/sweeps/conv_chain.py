@@ -6,7 +6,8 @@ A call is group_norm_apply of the sums of its input, then the convolution with a
 of its output; every call of a graph has weights of its own, more than the L2 holds in all. So
 blocks of a convolution may start, and load weights, while the kernels before it still run: what a
 tile leaves of a multiprocessor counts. Tried: the cheapest by the model, of more widths than
-`choose_tile` knows, and the best of them with fewer stages. About 8 s a case.
+`choose_tile` knows, the best of them with fewer stages, and how many blocks of the GroupNorm a
+multiprocessor may hold: those that start early crowd where one is free. About 8 s a case.
 """
 
 import sys
@@ -25,7 +26,7 @@ from mirage_hello.kernels import conv2d_sm90a as conv
 from mirage_hello.kernels import parity
 from mirage_hello.kernels.conv2d_norm import Norm
 from mirage_hello.kernels.conv2d_tiles import RESIDENT, Tile
-from mirage_hello.kernels.group_norm_apply import group_norm_apply
+from mirage_hello.kernels.group_norm_apply import Cut, choose_cut, group_norm_apply
 
 LIMIT_S = 60
 COLD_BYTES = 128 * 2**20  # of weights in turn: twice the L2
@@ -86,8 +87,8 @@ def run_case(name: str) -> dict:
     copies = -(-COLD_BYTES // (window**2 * total * o * 2))
     weights = [image(o, total, window, window, scale=scale) for _ in range(copies)]
 
-    def call(weight: Tensor, tile: Tile | None) -> Tensor:
-        h = group_norm_apply(x, norm, skip)
+    def call(weight: Tensor, tile: Tile | None, cut: Cut | None = None) -> Tensor:
+        h = group_norm_apply(x, norm, skip, cut)
         args = (h, weight, bias, 1, window // 2, None, residual)
         return conv.conv2d_fused_sm90a(*args, unit=UNIT, tile=tile)[0]
 
@@ -110,12 +111,18 @@ def run_case(name: str) -> dict:
         else:
             print(f"{name} {tile} WRONG {result}", flush=True)
     named = {str(tile): runs for tile, runs in good.items()}
-    alone = {"apply alone": [partial(group_norm_apply, x, norm, skip)]}
+    own = choose_cut(1, edge * edge, 32, total // 32 * 2)
+    cuts = [replace(own, together=t) for t in (0, 1, 2, 3, 4)]
+    cuts += [replace(c, vecs=max(1, own.vecs // 2)) for c in cuts if own.vecs > 1]
+    cuts += [replace(c, threads=128) for c in cuts[:5] if own.threads > 128 >= total // 8]
+    alone = {f"apply alone {c}": [partial(group_norm_apply, x, norm, skip, c)] for c in cuts}
+    alone |= {f"chosen, apply {c}": [partial(call, w, chosen, c) for w in weights] for c in cuts}
     effort = harness.Effort(rounds=6, sample_us=500.0)
     timed = harness.measure({**alone, **named}, "cuda", effort=effort)
     medians = {key: t.median_us for key, t in timed.items()}
-    print(f"{name}: apply alone {medians['apply alone']:.2f}, chosen "
-          f"{medians[str(chosen)]:.2f} us {chosen}", flush=True)  # fmt: skip
+    print(f"{name}: chosen {medians[str(chosen)]:.2f} us {chosen}", flush=True)
+    for key in sorted(alone, key=lambda key: medians[key]):
+        print(f"   {medians[key]:7.2f} us  {key}", flush=True)
     for tile in sorted(good, key=lambda t: medians[str(t)])[:8]:
         estimate = clocks(tile, edge, o, blocks, window) / 1830
         stages = f" stages {tile.stages}" if tile.stages else ""
