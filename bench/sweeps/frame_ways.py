@@ -5,10 +5,12 @@ Every pair of (from how many pixels on convolutions leave sums, from which K on 
 one captured step with prepared conditions; all replay in turn. About 60 s.
 """
 
+import dataclasses
 import itertools
 import json
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ SIZE = 64  # of the latents of 512 x 512 pixels
 NEVER = 2**31
 SUMS = {"all": 0, "from 32x32": 1024, "at 64x64": 4096, "none": NEVER}
 FOLDS = {"all": (0, 0), "all but q": (0, NEVER), "1280": (1280, 1280), "none": (NEVER, NEVER)}
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "no merged products": {"merges_from": NEVER},
     "products merged from 640": {"merges_from": 640},
     "products merged of 1280": {"merges_from": 1280},
@@ -36,9 +38,10 @@ def variants() -> dict[str, layers.Ways]:
     found = {}
     for (sums, pixels), (folds, (depth, q_depth)) in itertools.product(SUMS.items(), FOLDS.items()):
         found[f"sums {sums}, folds {folds}"] = layers.Ways(pixels, depth, q_depth)
-    for pixels in ("all", "at 64x64"):
+    for sums in ("all", "at 64x64"):
         for name, change in OTHERS.items():
-            found[f"sums {pixels}, folds all, {name}"] = layers.Ways(SUMS[pixels], 0, 0, **change)
+            ways = dataclasses.replace(layers.Ways(SUMS[sums], 0, 0), **change)
+            found[f"sums {sums}, folds all, {name}"] = ways
     return found
 
 
