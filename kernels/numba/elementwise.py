@@ -31,7 +31,7 @@ def unary_kernel(op: str, source: torch.dtype, target: torch.dtype) -> Callable:
         for i in numba.prange(x.size):
             out[i] = element(x[i])
 
-    return kernel
+    return _in_torchs_threads(kernel)
 
 
 @functools.cache
@@ -44,7 +44,22 @@ def axpby_kernel(dtype: torch.dtype, a_per_sample: bool, b_per_sample: bool) -> 
         for i in numba.prange(x.size):
             out[i] = element(a, x[i], b, y[i], i // sample_numel)
 
-    return kernel
+    return _in_torchs_threads(kernel)
+
+
+def _in_torchs_threads(kernel: Callable) -> Callable:
+    """Numba sets OpenMP's thread count of the thread that calls it, which torch shares: with
+    another count torch's own sums would have other last bits from then on."""
+
+    @functools.wraps(kernel)
+    def run(*args):
+        threads = torch.get_num_threads()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        kernel(*args)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+    return run
 
 
 def stored(x: Tensor) -> Tensor:
