@@ -101,6 +101,7 @@ def test_every_peer_of_a_quick_case_runs_on_the_gpu(group):
 def test_the_ways_with_sums_compute_the_same(name, way, monkeypatch):
     """Their kernels run on Hopper; here conv2d_fused takes torch's way."""
     monkeypatch.setitem(conv2d_fused.BACKENDS, "ptx", conv2d_fused.BACKENDS["torch"])
+    monkeypatch.setattr(conv2d_fused, "check_call", lambda *args, **kwargs: None)  # of the dtype
     case = next(case for case in composed.SMALL if case.op == name)
     subject = prepare(case, "float32", OPTIONS)
     (kernel,) = (k for k in op_named(name).kernels if k.name.endswith(way))
