@@ -74,6 +74,8 @@ EAGER: dict[str, Callable[..., Tensor]] = {
     "group_norm_silu": group_norm_silu,
     "layer_norm_linear": folded.normed_by("layer_norm_linear", layer_norm, linear),
     "layer_norm_geglu": folded.normed_by("layer_norm_geglu", layer_norm, geglu),
+    "residual_norm_linear": folded.behind_by("residual_norm_linear", linear, layer_norm, linear),
+    "residual_norm_geglu": folded.behind_by("residual_norm_geglu", linear, layer_norm, geglu),
     "layer_norm": layer_norm,
     "silu": F.silu,
     "axpby": lambda a, x, b, y: torch.add(a * x, y, alpha=b),

@@ -49,6 +49,8 @@ FAMILIES = {
     "linear_fp8": ("linear, geglu", "#009e73"),
     "layer_norm_linear": ("linear, geglu", "#009e73"),
     "layer_norm_geglu": ("linear, geglu", "#009e73"),
+    "residual_norm_linear": ("linear, geglu", "#009e73"),
+    "residual_norm_geglu": ("linear, geglu", "#009e73"),
     "conv2d": ("conv2d", "#e69f00"),
     "linear": ("linear, geglu", "#009e73"),
     "geglu": ("linear, geglu", "#009e73"),
