@@ -8,6 +8,7 @@ one matrix `to_kv`.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from mirage_hello.model.layers import (
     feed_forward_out,
     fused_backend,
     leaves_sums,
+    on_a_branch,
     project,
     project_in,
     project_out,
@@ -61,10 +63,13 @@ class ResnetBlock(nn.Module):
         return ops.linear(embedding, self.time_emb_proj.weight, self.time_emb_proj.bias)
 
     def forward(self, x: Image, bias: Tensor, skip: Image | None = None) -> Image:
+        shortcut, wide = self.conv_shortcut, x
+        before: Any = contextlib.nullcontext()
+        if shortcut is not None:
+            wide, before = on_a_branch(lambda: convolve(x, shortcut, skip=skip))
         h = convolve(x, self.conv1, self.norm1, skip=skip, channel_bias=bias, unit=self.unit)
-        if self.conv_shortcut is not None:
-            x = convolve(x, self.conv_shortcut, skip=skip)
-        return convolve(h, self.conv2, self.norm2, residual=x.pixels, unit=self.unit)
+        with before:
+            return convolve(h, self.conv2, self.norm2, residual=wide.pixels, unit=self.unit)
 
 
 class SelfAttention(nn.Module):

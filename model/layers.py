@@ -10,10 +10,11 @@ layer is a chain of registry ops.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from mirage_hello.kernels.policy import current
 from mirage_hello.kernels.row_sums import RowSums
 from mirage_hello.model import fp8
 from mirage_hello.model.derived import derived
+from mirage_hello.ptx import programmatic
 
 HALF = (torch.bfloat16, torch.float16)
 CHANNELS = 8  # TMA moves 16 bytes: channels of a convolution come in multiples of 8
@@ -54,6 +56,7 @@ class Ways:
             out are one product of K = 5 C.
         row_sums: a linear layer leaves sums of its rows for the LayerNorm folded behind it, which
             else takes a kernel for them.
+        branches: the shortcut of a residual block is a branch of the graph beside its main path.
         on_load: windows (1, 3) of the convolutions that normalise what they load.
     """
 
@@ -62,6 +65,7 @@ class Ways:
     folds_q_from: int = 0
     merges_from: int = 0
     row_sums: bool = True
+    branches: bool = False
     on_load: tuple[int, ...] = ()
 
 
@@ -101,6 +105,36 @@ def going(ways: Ways) -> Iterator[None]:
         yield
     finally:
         _ways.reset(token)
+
+
+def on_a_branch(make: Callable[[], Image]) -> tuple[Image, Any]:
+    """make(), and the scope of the kernels that read it first: while a graph is captured, on a
+    branch of it, which ends with that scope's beginning; elsewhere in order.
+
+    What `make` reads must stay until then. A kernel that follows two others does not overlap.
+    """
+    if torch.compiler.is_compiling() or not _ways.get().branches:
+        return make(), contextlib.nullcontext()
+    if not torch.cuda.is_current_stream_capturing():
+        return make(), contextlib.nullcontext()
+    current = torch.cuda.current_stream()
+    side = _side_stream(current.device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side), programmatic.without_overlap():
+        made = make()
+    return made, _after(side)
+
+
+@contextlib.contextmanager
+def _after(side: torch.cuda.Stream) -> Iterator[None]:
+    torch.cuda.current_stream().wait_stream(side)
+    with programmatic.without_overlap():
+        yield
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def fused_backend(x: Tensor, op: str = "conv2d") -> str | None:

@@ -27,6 +27,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "no merged products": {"merges_from": NEVER},
     "products merged from 640": {"merges_from": 640},
     "products merged of 1280": {"merges_from": 1280},
+    "shortcuts on a branch": {"branches": True},
     "no sums of rows": {"row_sums": False},
     "none of both": {"row_sums": False, "merges_from": NEVER},
 }
