@@ -66,7 +66,7 @@ class ResnetBlock(nn.Module):
         shortcut, wide = self.conv_shortcut, x
         before: Any = contextlib.nullcontext()
         if shortcut is not None:
-            wide, before = on_a_branch(lambda: convolve(x, shortcut, skip=skip))
+            wide, before = on_a_branch(x, lambda: convolve(x, shortcut, skip=skip))
         h = convolve(x, self.conv1, self.norm1, skip=skip, channel_bias=bias, unit=self.unit)
         with before:
             return convolve(h, self.conv2, self.norm2, residual=wide.pixels, unit=self.unit)

@@ -107,13 +107,13 @@ def going(ways: Ways) -> Iterator[None]:
         _ways.reset(token)
 
 
-def on_a_branch(make: Callable[[], Image]) -> tuple[Image, Any]:
-    """make(), and the scope of the kernels that read it first: while a graph is captured, on a
+def on_a_branch(x: Image, make: Callable[[], Image]) -> tuple[Image, Any]:
+    """make() of x, and the scope of the kernels that read it first: while a graph is captured, on a
     branch of it, which ends with that scope's beginning; elsewhere in order.
 
     What `make` reads must stay until then. A kernel that follows two others does not overlap.
     """
-    if torch.compiler.is_compiling() or not _ways.get().branches:
+    if torch.compiler.is_compiling() or not (x.pixels.is_cuda and _ways.get().branches):
         return make(), contextlib.nullcontext()
     if not torch.cuda.is_current_stream_capturing():
         return make(), contextlib.nullcontext()
