@@ -41,6 +41,12 @@ class Tile:
     promote: int = 1
     sums_in_shared: bool = False
 
+    def __post_init__(self) -> None:
+        if self.block_n % 32:
+            raise ValueError(
+                f"attention_fp8: block_n must be a multiple of 32 (got {self.block_n})"
+            )
+
     def smem_bytes(self, head_dim: int, split: bool = False) -> int:
         """Q rows, as wide as the bfloat16 output; K, V and V^T of each stage; sums; barriers; which
         part of which tile a block has."""

@@ -23,6 +23,8 @@ class Tile:
     lazy: the first block's row maxima serve all blocks; see the header of the source.
     pv_first: p v of a block is issued before q k^T of the next and both are awaited.
     unroll: the loop over the keys is unrolled by the stages.
+    mixed: steps of p v between those of q k^T, fewer than either has.
+    short_first: a first block of 16 keys at most takes the exponentials of 16.
     """
 
     warpgroups: int
@@ -33,9 +35,7 @@ class Tile:
     lazy: bool = False
     pv_first: bool = False
     unroll: bool = False
-    prefetch: bool = False
-    early: bool = False
-    interleave: bool = False
+    mixed: int = 0
     short_first: bool = False
 
     @property
@@ -72,9 +72,7 @@ class Tile:
             LAZY=self.lazy,
             PV_FIRST=self.pv_first,
             UNROLL=self.unroll,
-            PREFETCH=self.prefetch,
-            EARLY=self.early,
-            INTERLEAVE=self.interleave,
+            MIXED=self.mixed,
             SHORT_FIRST=self.short_first,
             dtype=dtype,
         )
@@ -144,8 +142,8 @@ def candidates(m: int, d: int, dtype: torch.dtype) -> list[Tile]:
     ]
     if d <= 64:
         found.append(Tile(3, 128, 2, True, int(lazy), lazy, pv_first=True, unroll=lazy))
-        tall = Tile(4, 64, 3, True, 0, lazy) if d > 48 else Tile(4, 80, 3, True, 2 * lazy, lazy)
-        found.append(tall)
+        wide = Tile(4, 64, 3, True, 0, lazy, unroll=lazy)
+        found.append(wide if d > 48 else Tile(4, 80, 3, True, 2 * lazy, lazy))
     return found
 
 

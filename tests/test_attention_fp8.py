@@ -200,6 +200,11 @@ def test_assembles_without_spills(head_dim, tile, split):
     assert "C75" not in said, said
 
 
+def test_a_product_takes_32_keys():
+    with pytest.raises(ValueError, match=r"multiple of 32 \(got 112\)"):
+        Tile(3, 112, 3)
+
+
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_registers_asked_for_are_there(tile):
     """setmaxnreg only moves what a block has: asking for more waits for ever."""

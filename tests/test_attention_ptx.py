@@ -35,6 +35,7 @@ LAZY = [
     Tile(2, 32, 3, False, 3, True, pv_first=True),
     Tile(1, 64, 3, False, 2, True, unroll=True),
     Tile(1, 64, 2, False, 2, True, unroll=True),
+    Tile(2, 48, 3, True, 2, True, mixed=2, short_first=True),
 ]
 
 
@@ -117,7 +118,7 @@ def test_lazy_tiles_in_the_emulator(tile, keys, head_dim):
     ("tile", "queries", "keys", "head_dim"),
     [
         (Tile(1, 80, 1, False, 0), 60, 77, 40),
-        (Tile(2, 48, 1, False, 0, prefetch=True), 150, 33, 64),
+        (Tile(2, 48, 1, False, 0), 150, 33, 64),
         (Tile(2, 32, 2, False, 0, pv_first=True), 100, 100, 160),
         (Tile(3, 64, 2, True, 0), 130, 200, 72),
         (Tile(2, 48, 2, True, 0, pv_first=True), 130, 200, 256),

@@ -39,40 +39,38 @@ CASES = {
 SMEM = 232448  # bytes a block may have on Hopper
 
 
-def variants(tile: Tile, **fields: bool) -> list[Tile]:
-    """The tile as it is, with early descriptors, with an early first block of keys as well."""
-    plain = replace(tile, **fields)
-    return [plain, replace(plain, prefetch=True), replace(plain, prefetch=True, early=True)]
-
-
 def tiles(n: int, m: int, d: int) -> list[Tile]:
     """Tiles worth timing at this shape, by what wider sweeps said; docs/attention.md has those."""
-    ahead = {"prefetch": True, "early": True}
-    mixed = {**ahead, "pv_first": True, "interleave": True}
     if m <= 128:
         keys = -(-m // 16) * 16
-        found = variants(Tile(4, keys, 2, False, 0))
-        found += [Tile(g, keys, 1, False, 0, prefetch=True) for g in (1, 2, 4)]
+        found = [Tile(g, keys, 1, False, 0) for g in (1, 2, 4)]
+        if d <= 64:
+            found += [Tile(4, keys, 2, False, 0)]
+        else:
+            found += [Tile(1, 128, 2, False, 0), Tile(1, 64, 2, False, 0)]
     elif d <= 48:
         tile = Tile(4, 80, 3, True, 2, True)
-        found = variants(tile) + [replace(tile, **ahead, pv_first=True), replace(tile, **mixed)]
-        found += [replace(tile, **mixed, ping_pong=False), replace(tile, **mixed, poly=1)]
-        found += [replace(tile, **fields, short_first=True) for fields in (ahead, mixed)]
+        found = [tile, replace(tile, short_first=True)]
+        found += [replace(tile, mixed=i, short_first=True) for i in (1, 2)]
+        found += [replace(tile, mixed=2, poly=p, short_first=True) for p in (1, 3)]
+        found += [replace(tile, mixed=2, ping_pong=False)]
     elif d <= 64:
         tile = Tile(3, 128, 2, True, 1, True, pv_first=True, unroll=True)
-        found = [*variants(tile), replace(tile, **mixed), replace(tile, **mixed, ping_pong=False)]
+        found = [tile, replace(tile, unroll=False)]
+        found += [replace(tile, pv_first=False, mixed=i) for i in (2, 3)]
         if m >= 8192:
-            tile = Tile(4, 64, 3, True, 0, True)
-            found = found[2:] + [tile, replace(tile, **ahead), replace(tile, **mixed)]
-            found += [replace(tile, **ahead, unroll=True), replace(tile, **ahead, poly=1)]
+            tile = Tile(4, 64, 3, True, 0, True, unroll=True)
+            found = [tile, replace(tile, poly=1)] + [replace(tile, mixed=i) for i in (1, 2, 3)]
     elif d <= 128 and n >= 4096:
         tile = Tile(2, 96, 3, False, 0, True)
-        found = [tile, replace(tile, **ahead), replace(tile, **mixed)]
-        found += [replace(tile, block_n=128, stages=2, **ahead)]
+        found = [tile, replace(tile, mixed=2), replace(tile, mixed=3)]
+        found += [replace(tile, unroll=True)]
     elif d <= 128:
-        found = variants(Tile(1, 128, 3, False, 0, True), unroll=True)
+        tile = Tile(1, 128, 3, False, 0, True, unroll=True)
+        found = [tile, replace(tile, unroll=False), replace(tile, mixed=2), replace(tile, mixed=4)]
     else:
-        found = variants(Tile(1, 64, 3, False, 0, True), unroll=True)
+        tile = Tile(1, 64, 3, False, 0, True, unroll=True)
+        found = [tile, replace(tile, unroll=False), replace(tile, mixed=2)]
     return [tile for tile in found if tile.smem_bytes(d) <= SMEM]
 
 

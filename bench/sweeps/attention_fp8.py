@@ -51,7 +51,7 @@ def tiles(name: str) -> list[tuple[Tile, bool]]:
         found += [(Tile(2, 224, 2, 0), True), (Tile(2, 128, 3, 8), True)]
     elif d == 64:
         found += [(replace(chosen, promote=1), False), (Tile(2, 128, 3, 8), True)]
-        found += [(Tile(3, 112, 3, 9), True), (Tile(3, 64, 4, 16), True)]
+        found += [(Tile(3, 64, 4, 16), True)]
     else:
         found += [(Tile(1, 64, 4, 16), False), (Tile(2, 128, 3, 8), False)]
     return [(t, split) for t, split in found if t.smem_bytes(d, split) <= SMEM]
