@@ -37,8 +37,9 @@ ALLOWED = {"attention_fp8": 0.04}
 # The references, on values without a scale
 
 
-def attention(q, k, v, q_scale, k_scale, v_scale, q16, k16, v16) -> Tensor:
-    return reference.attention(q * q_scale[:, None], k * k_scale[:, None], v * v_scale[:, None])
+def attention(q, k, v, q_scale, k_scale, v_scale, v_mean, q16, k16, v16) -> Tensor:
+    values = v * v_scale[:, None] + v_mean[:, None]
+    return reference.attention(q * q_scale[:, None], k * k_scale[:, None], values)
 
 
 def linear(x, weight, columns, x16, weight16, bias16) -> Tensor:
@@ -53,8 +54,8 @@ def convolution(x, weight, scales, bias, x16, weight16) -> Tensor:
 # The kernels
 
 
-def attention_run(q, k, v, q_scale, k_scale, v_scale, q16, k16, v16) -> Tensor:
-    return attention_fp8.attention_fp8(q, k, v, q_scale, k_scale, v_scale)
+def attention_run(q, k, v, q_scale, k_scale, v_scale, v_mean, q16, k16, v16) -> Tensor:
+    return attention_fp8.attention_fp8(q, k, v, q_scale, k_scale, v_scale, v_mean)
 
 
 def linear_run(x, weight, columns, x16, weight16, bias16) -> Tensor:
@@ -68,7 +69,7 @@ def convolution_run(x, weight, scales, bias, x16, weight16) -> Tensor:
 # The peer: the same op in bfloat16, as `auto` runs it
 
 BF16: dict[str, Callable[..., Tensor]] = {
-    "attention_fp8": lambda *args: ops.attention(*args[6:9]),
+    "attention_fp8": lambda *args: ops.attention(*args[7:10]),
     "linear_fp8": lambda *args: ops.linear(*args[3:6]),
     "conv2d_fp8": lambda *args: ops.conv2d(args[4], args[5], args[3], 1, 1),
 }
@@ -101,8 +102,9 @@ OPS = {
 def attention_case(heads: int, tokens: int, dim: int, quick: bool = False) -> Case:
     def make(draw: Draw) -> tuple:
         wide = [draw.normal(1, tokens, heads, dim) for _ in range(3)]
-        (q, qs), (k, ks), (v, vs) = map(attention_fp8.quantize, wide)
-        return q, k, v, qs, ks, vs, *wide
+        (q, qs), (k, ks) = map(attention_fp8.quantize, wide[:2])
+        v, vs, v_mean = attention_fp8.quantize_values(wide[2])
+        return q, k, v, qs, ks, vs, v_mean, *wide
 
     return Case(
         op="attention_fp8",
