@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mirage_hello.model import Autoencoder, Denoiser, VideoUNet
 from mirage_hello.model.autoencoder import AutoencoderConfig
 from mirage_hello.model.checkpoint import unpack_attention
+from mirage_hello.model.layers import Keys
 from mirage_hello.model.unet import UNetConfig
 
 
@@ -57,11 +58,12 @@ class DiffusersUNet(nn.Module):
     def conv_in(self) -> nn.Module:
         return self.unet.conv_in
 
-    def forward(self, x: Tensor, noise: list[Tensor], context: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, noise: list[Tensor], context: list[Keys]) -> Tensor:
         """noise: of `noise_biases`; context: of `context_keys`."""
         timesteps, level = noise
         labels = 1000.0 * level
-        return self.unet(x, timesteps, context[0], class_labels=labels, return_dict=False)[0]
+        tokens = context[0].keys_values
+        return self.unet(x, timesteps, tokens, class_labels=labels, return_dict=False)[0]
 
     def noise_biases(self, timesteps: Tensor, history_noise: Tensor | None) -> list[Tensor]:
         """What it computes again at every call."""
@@ -71,9 +73,9 @@ class DiffusersUNet(nn.Module):
         """Conditioning tokens of a learned style."""
         return self.style_table[index : index + 1]
 
-    def context_keys(self, context: Tensor) -> list[Tensor]:
+    def context_keys(self, context: Tensor, lasting: bool = False) -> list[Keys]:
         """Likewise: diffusers projects keys and values in every step."""
-        return [context]
+        return [Keys(context)]
 
 
 class TinyAutoencoder(nn.Module):

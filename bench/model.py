@@ -211,7 +211,7 @@ def _prepared_us(unet: Any, inputs: tuple[Tensor, ...], options: Options) -> dic
     """
     x, timesteps, context, level = inputs
     with torch.no_grad():
-        biases, keys = unet.noise_biases(timesteps, level), unet.context_keys(context)
+        biases, keys = unet.noise_biases(timesteps, level), unet.context_keys(context, lasting=True)
         network = {
             "ours": under("auto", lambda: unet(x, biases, keys)),
             "cuda-graph": under("torch", lambda: unet(x, biases, keys)),

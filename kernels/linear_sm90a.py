@@ -105,6 +105,51 @@ def normed(
     return _launch(op, x, weight, columns, residual, tile, None, out_scale, (sums, eps))[0]
 
 
+def softmaxed(
+    x: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    width: int,
+    eps: float,
+    sums: RowSums | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """2^y / sum of 2^y over every `width` neighbouring columns of y = `normed`("linear", ...).
+
+    A column whose addend is -1e30 has no part in it.
+
+    Raises:
+        ValueError: as `normed`; N no multiple of width, width no multiple of 8 or above 256.
+    """
+    n, depth = weight.shape
+    if width % 8 or not 0 < width <= 256 or n % width:
+        raise ValueError(
+            f"softmaxed: width must be a multiple of 8 up to 256 that divides N (got {width}, "
+            f"N={n}); pad the columns"
+        )
+    _check("softmaxed", "linear", x, weight, columns, None, 8)
+    tile = tile or choose_softmax_tile(x.numel() // depth, n, -(-depth // 64), width)
+    statistics = row_statistics(x, eps) if sums is None else None
+    merged = None if sums is None else (sums, eps)
+    return _launch(
+        "linear", x, weight, columns, None, tile, statistics, merged=merged, softmax=width
+    )[0]
+
+
+def choose_softmax_tile(rows: int, n: int, blocks: int, width: int) -> Tile:
+    """As choose_tile, among the tiles that hold whole softmaxes."""
+
+    def fits(tile: Tile) -> bool:
+        return tile.split == 1 and tile.block_n % width == 0
+
+    return tuning.tile_for(
+        "linear_softmax",
+        {"m": rows, "n": n, "blocks": blocks, "width": width},
+        lambda: [tile for tile in candidates(blocks, norm=True) if fits(tile)],
+        lambda tile: tile.clocks(rows, n, blocks),
+    )
+
+
 def scaled(
     x: Tensor, weight: Tensor, columns: Tensor, residual: Tensor | None, tile: Tile | None = None
 ) -> Tensor:
@@ -157,10 +202,11 @@ def _launch(
     out_scale: float | None = None,
     merged: tuple[RowSums, float] | None = None,
     summed: bool = False,
+    softmax: int = 0,
 ) -> tuple[Tensor, RowSums | None]:
     """The output and, where `summed`, the sums of its rows.
 
-    vector: the bias, or (factor, addend) of each column.
+    vector: the bias, or (factor, addend) of each column. softmax: columns of one, 0: none.
     statistics: of x's rows; `merged`: their sums and eps instead.
     """
     norm = statistics is not None or merged is not None
@@ -199,8 +245,8 @@ def _launch(
     scale = () if out_scale is None else (1.0 / out_scale,)
     options = norm or fp8, residual is not None, quantised
     merging = merged[0].variables(depth) if merged else {}
-    program(op, tile, short, norm, *options[1:], summed, **merging).launch(
-        f"{op}{'_norm' * norm}{'_to_e4m3' * quantised}_{short}",
+    program(op, tile, short, norm, *options[1:], summed, softmax, **merging).launch(
+        f"{op}{'_norm' * norm}{'_softmax' * bool(softmax)}{'_to_e4m3' * quantised}_{short}",
         grid=(tile.grid(tiles),),
         block=(tile.threads,),
         args=(
@@ -220,11 +266,12 @@ def program(
     residual: bool = False,
     quantised: bool = False,
     summed: bool = False,
+    softmax: int = 0,
     **merging: int | str,
 ) -> loader.Program:
     """The program of a fitted tile; `merging`: RowSums.variables of a norm's input."""
     variables = tile.variables(op == "geglu", norm or dtype == "e4m3", residual, quantised)
-    variables |= {"ROW_SUMS": summed, "SUM_PARTS": 0, **merging}
+    variables |= {"ROW_SUMS": summed, "SOFTMAX": softmax, "SUM_PARTS": 0, **merging}
     return loader.program("linear.sm90a", OP=op, dtype=dtype, NORM=norm, **variables)
 
 

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from mirage_hello.kernels import ops
 from mirage_hello.model.layers import (
     Image,
+    Keys,
     Tokens,
+    attend_prompt,
     convolve,
     feed_forward,
     feed_forward_out,
+    fold_prompt,
     fused_backend,
     leaves_sums,
     on_a_branch,
@@ -101,13 +104,19 @@ class CrossAttention(nn.Module):
         self.to_kv = nn.Linear(context_dim, 2 * channels, bias=False)
         self.to_out: Any = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def keys_values(self, context: Tensor) -> Tensor:
-        """[B, L, context_dim] -> [B, L, 2C]."""
-        return ops.linear(context, self.to_kv.weight)
+    def keys(self, context: Tensor, norm: nn.LayerNorm, lasting: bool) -> Keys:
+        """[B, L, context_dim] -> [B, L, 2C]; lasting: worth folding with the weights around it."""
+        keys_values = ops.linear(context, self.to_kv.weight)
+        if not lasting:
+            return Keys(keys_values)
+        return fold_prompt(keys_values, self.to_q, self.to_out[0], norm, self.heads)
 
-    def forward(self, h: Tokens, norm: nn.LayerNorm, keys_values: Tensor) -> Tokens:
+    def forward(self, h: Tokens, norm: nn.LayerNorm, keys: Keys) -> Tokens:
+        attended = attend_prompt(h, keys, self.to_out[0], norm, self.heads)
+        if attended is not None:
+            return attended
         q = project(h, self.to_q, norm).unflatten(-1, (self.heads, -1))
-        k, v = keys_values.unflatten(-1, (2, self.heads, -1)).unbind(2)
+        k, v = keys.keys_values.unflatten(-1, (2, self.heads, -1)).unbind(2)
         return project_out(ops.attention(q, k, v), self.to_out[0], h, readers=8 * h.rows.shape[-1])
 
 
@@ -145,12 +154,12 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, h: Tokens, keys_values: Tensor) -> Tensor:
-        return self.ff(self.attend(h, keys_values), self.norm3)
+    def forward(self, h: Tokens, keys: Keys) -> Tensor:
+        return self.ff(self.attend(h, keys), self.norm3)
 
-    def attend(self, h: Tokens, keys_values: Tensor) -> Tokens:
+    def attend(self, h: Tokens, keys: Keys) -> Tokens:
         """Without the feed-forward."""
-        return self.attn2(self.attn1(h, self.norm1), self.norm2, keys_values)
+        return self.attn2(self.attn1(h, self.norm1), self.norm2, keys)
 
 
 class Transformer(nn.Module):
@@ -173,13 +182,14 @@ class Transformer(nn.Module):
         )  # Any: the list's type has no item type
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def keys_values(self, context: Tensor) -> Tensor:
-        """Keys and values [B, L, 2C] of the conditioning tokens for this transformer."""
-        return self.transformer_blocks[0].attn2.keys_values(context)
+    def keys(self, context: Tensor, lasting: bool = False) -> Keys:
+        """Keys and values of the conditioning tokens for this transformer."""
+        block = self.transformer_blocks[0]
+        return block.attn2.keys(context, block.norm2, lasting)
 
-    def forward(self, x: Image, keys_values: Tensor) -> Image:
+    def forward(self, x: Image, keys: Keys) -> Image:
         block, out = self.transformer_blocks[0], self.proj_out
-        h = block.attend(project_in(x, self.proj_in, self.norm), keys_values)
+        h = block.attend(project_in(x, self.proj_in, self.norm), keys)
         gate, product = block.ff.net["0"].proj, block.ff.net["2"]
         merged = feed_forward_out(h, x, gate, product, block.norm3, out, self.unit)
         if merged is not None:

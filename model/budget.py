@@ -134,13 +134,13 @@ def _parameters(chosen: Preset) -> int:
 
 def _folded(unet: UNetConfig) -> int:
     """Elements of the linear layers that stand beside the originals: with a LayerNorm folded in,
-    12 C^2 a transformer = 3 (q, k, v) + 1 (q of the cross-attention) + 8 (GEGLU); and 5 C^2 of the
-    feed-forward's second product and the projection out as one.
+    12 C^2 a transformer = 3 (q, k, v) + 1 (q of the cross-attention) + 8 (GEGLU); 5 C^2 of the
+    feed-forward's second product and the projection out as one; and the prompt's, at most 4 C^2.
     """
     each = 2 * unet.blocks_per_level + 1
     levels = zip(unet.channels, unet.transformers, strict=True)
     widths = [c for c, has in levels if has for _ in range(each)] + [unet.channels[-1]]
-    return sum(17 * c * c for c in widths if c % 64 == 0)
+    return sum(21 * c * c for c in widths if c % 64 == 0)
 
 
 def _buffers(unet: UNetConfig, size: tuple[int, int], item: int, steps: int) -> int:

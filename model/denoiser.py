@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mirage_hello.kernels import ops
+from mirage_hello.model.layers import Keys
 from mirage_hello.model.unet import VideoUNet
 
 TRAIN_STEPS = 1000  # of Stable Diffusion's schedule
@@ -91,9 +92,7 @@ class Denoiser(nn.Module):
         noise = self.noise_condition(sigma, history_noise)
         return self.denoise(x, inputs, noise, self.unet.context_keys(context))
 
-    def denoise(
-        self, x: Tensor, inputs: Tensor, noise: NoiseCondition, keys: list[Tensor]
-    ) -> Tensor:
+    def denoise(self, x: Tensor, inputs: Tensor, noise: NoiseCondition, keys: list[Keys]) -> Tensor:
         """`forward` for a prepared noise level and context (`unet.context_keys`)."""
         c_in, c_skip, c_out = noise.scales
         scaled = (x * c_in[:, None, None, None]).to(inputs.dtype)

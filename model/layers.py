@@ -28,6 +28,7 @@ from mirage_hello.kernels import (
     linear_fp8,
     linear_sm90a,
     ops,
+    prompt_attention,
 )
 from mirage_hello.kernels.call import device_arch
 from mirage_hello.kernels.policy import current
@@ -56,6 +57,7 @@ class Ways:
             out are one product of K = 5 C.
         row_sums: a linear layer leaves sums of its rows for the LayerNorm folded behind it, which
             else takes a kernel for them.
+        prompts: a cross-attention is two products with the matrices made of the prompt.
         branches: the shortcut of a residual block is a branch of the graph beside its main path.
         on_load: windows (1, 3) of the convolutions that normalise what they load.
     """
@@ -65,6 +67,7 @@ class Ways:
     folds_q_from: int = 0
     merges_from: int = 0
     row_sums: bool = True
+    prompts: bool = True
     branches: bool = False
     on_load: tuple[int, ...] = ()
 
@@ -85,6 +88,20 @@ class Tokens(NamedTuple):
 
     rows: Tensor
     sums: RowSums | None = None
+
+
+class Keys(NamedTuple):
+    """Keys and values [B, L, 2 C] of the conditioning tokens for one cross-attention, and what
+    `prompt_attention.fold` made of them, or None."""
+
+    keys_values: Tensor
+    scores: Tensor | None = None
+    columns: Tensor | None = None
+    values: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All there are."""
+        return [t for t in self if t is not None]
 
 
 @contextlib.contextmanager
@@ -288,6 +305,37 @@ def project(x: Tokens, linear: nn.Linear, norm: nn.LayerNorm) -> Tensor:
 def project_out(heads: Tensor, linear: nn.Linear, h: Tokens, readers: int) -> Tokens:
     """h + linear(heads); readers: columns of the layer behind the LayerNorm that reads it."""
     return _linear(heads.flatten(2), linear.weight, linear.bias, h.rows, readers)
+
+
+def fold_prompt(
+    keys_values: Tensor, to_q: nn.Linear, out: nn.Linear, norm: nn.LayerNorm, heads: int
+) -> Keys:
+    """The keys and values, and where kernels here take it and it pays the prompt folded: two
+    products of heads x width columns in the place of q, attention and the projection out."""
+    tokens, channels = keys_values.shape[1], to_q.in_features
+    width = prompt_attention.width_of(tokens)
+    small = width is not None and heads * width <= 2 * channels
+    if not small or len(keys_values) > 1 or _folds(keys_values, channels, channels, True) != "ptx":
+        return Keys(keys_values)
+    with torch.no_grad():
+        prompt = prompt_attention.fold(
+            norm.weight, norm.bias, to_q.weight, keys_values[0], out.weight, heads
+        )
+    return Keys(keys_values, prompt.scores, prompt.columns, prompt.values)
+
+
+def attend_prompt(
+    h: Tokens, keys: Keys, out: nn.Linear, norm: nn.LayerNorm, heads: int
+) -> Tokens | None:
+    """h + out(attention) of a folded prompt; None: it is not folded, or not to be used."""
+    if keys.scores is None or keys.columns is None or keys.values is None:
+        return None
+    if fused_backend(h.rows, "attention") != "ptx" or not _ways.get().prompts:
+        return None
+    width = len(keys.scores) // heads
+    prompt = prompt_attention.Prompt(keys.scores, keys.columns, keys.values, width)
+    p = prompt_attention.probabilities(h.rows, prompt, norm.eps, h.sums)
+    return _linear(p, keys.values, out.bias, h.rows, 8 * h.rows.shape[-1])
 
 
 def _linear(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mirage_hello.model.controls import Controls
 from mirage_hello.model.denoiser import Denoiser, NoiseCondition
+from mirage_hello.model.layers import Keys
 
 
 @dataclass
@@ -20,13 +21,14 @@ class Settings:
     history_noise: Tensor  # [1] float32
     guidance: Tensor | None  # [1] float32
     conditions: list[NoiseCondition]  # of each step; a batch of two with guidance
-    keys: list[Tensor]  # of each transformer; uncond, cond with guidance
+    keys: list[Keys]  # of each transformer; uncond, cond with guidance
 
     def tensors(self) -> list[Tensor]:
         """Every tensor, in a fixed order."""
         steps = [t for c in self.conditions for t in (c.scales, *c.biases)]
         guidance = [] if self.guidance is None else [self.guidance]
-        return [self.start, self.sigmas, self.history_noise, *guidance, *steps, *self.keys]
+        keys = [t for keys in self.keys for t in keys.tensors()]
+        return [self.start, self.sigmas, self.history_noise, *guidance, *steps, *keys]
 
     def take(self, other: Settings) -> bool:
         """Copy another's values into these tensors; False (and nothing done) if shapes differ."""
@@ -47,7 +49,7 @@ def prepare(denoiser: Denoiser, controls: Controls, steps: int) -> Settings:
     sigmas = torch.tensor(levels, device=device)[:, None]
     history_noise = torch.tensor([controls.history_noise], device=device)
     tokens = torch.cat([controls.negative, controls.context]) if guided else controls.context
-    keys = denoiser.unet.context_keys(tokens)
+    keys = denoiser.unet.context_keys(tokens, lasting=True)
     batch = len(tokens)
     conditions = [
         denoiser.noise_condition(sigma.expand(batch), history_noise.expand(batch))

@@ -144,6 +144,8 @@ class FrameStream(LiveControls):
                 buffers.draws.normal_(generator=self._generator)  # while the frame is on its way
                 slot = buffers.bus.bring(frame)
                 if self._planned and buffers.policy is not self._wanted():
+                    if buffers.policy is not None:
+                        self._change()  # what is made once for all frames is made for a policy
                     self._plan_again(buffers)  # a graph must not silently keep the old kernels
                 if buffers.plan is not None:
                     buffers.plan.run()

@@ -26,7 +26,7 @@ from mirage_hello.model.blocks import (
     Upsample,
     channels_last,
 )
-from mirage_hello.model.layers import Image, convolve
+from mirage_hello.model.layers import Image, Keys, convolve
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class VideoUNet(nn.Module):
         self,
         x: Tensor,
         timesteps: Tensor | list[Tensor],
-        context: Tensor | list[Tensor],
+        context: Tensor | list[Keys],
         history_noise: Tensor | None = None,
     ) -> Tensor:
         """F(x, t, context, history noise).
@@ -209,16 +209,19 @@ class VideoUNet(nn.Module):
         embedding = ops.silu(embedding)
         return [m.bias(embedding) for m in self._ordered() if isinstance(m, ResnetBlock)]
 
-    def context_keys(self, context: Tensor) -> list[Tensor]:
-        """Keys and values [B, L, 2C] of each transformer, in the order in which they run."""
+    def context_keys(self, context: Tensor, lasting: bool = False) -> list[Keys]:
+        """Keys and values of each transformer, in the order in which they run.
+
+        lasting: they serve many calls, so that it pays to fold them with the weights around them.
+        """
         if context.ndim != 3 or context.shape[-1] != self.config.context_dim:
             raise ValueError(
                 f"VideoUNet: context must be [B, L, {self.config.context_dim}] "
                 f"(got {list(context.shape)})"
             )
-        return [m.keys_values(context) for m in self._ordered() if isinstance(m, Transformer)]
+        return [m.keys(context, lasting) for m in self._ordered() if isinstance(m, Transformer)]
 
-    def _predict(self, x: Tensor, biases: list[Tensor], keys: list[Tensor]) -> Tensor:
+    def _predict(self, x: Tensor, biases: list[Tensor], keys: list[Keys]) -> Tensor:
         # Zeros up to a multiple of 8 channels may come with it, which the kernels want.
         channels = self.config.in_channels
         if x.ndim != 4 or x.shape[1] not in (channels, -(-channels // 8) * 8):

@@ -74,7 +74,7 @@ def _measure(variant: str) -> dict:
         FrameStream(*pair, graph=False).use_fp8(clip)
     parity = {"error": error(unet(*args), truth), "allowed": 2 * plain_error}
     print(f"{variant}: step error {parity['error']:.2e} of {parity['allowed']:.2e}", flush=True)
-    biases, keys = unet.noise_biases(args[1], args[3]), unet.context_keys(args[2])
+    biases, keys = unet.noise_biases(args[1], args[3]), unet.context_keys(args[2], lasting=True)
     timed = harness.measure(
         {"step": lambda: unet(*args), "prepared": lambda: unet(args[0], biases, keys)}, "cuda"
     )

@@ -192,7 +192,7 @@ def batch() -> dict:
         tokens = torch.randn(count, 77, 768, device="cuda").bfloat16()
 
         with torch.no_grad():
-            conditions = unet.noise_biases(level), unet.context_keys(tokens)
+            conditions = unet.noise_biases(level), unet.context_keys(tokens, lasting=True)
 
             def step(x: torch.Tensor = x, conditions: tuple = conditions) -> torch.Tensor:
                 return unet(x, *conditions)

@@ -27,6 +27,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "no merged products": {"merges_from": NEVER},
     "products merged from 640": {"merges_from": 640},
     "products merged of 1280": {"merges_from": 1280},
+    "prompts not folded": {"prompts": False},
     "shortcuts on a branch": {"branches": True},
     "no sums of rows": {"row_sums": False},
     "none of both": {"row_sums": False, "merges_from": NEVER},
@@ -69,7 +70,7 @@ def main(out: str, device: str = "cuda") -> int:
 
     with use("torch"):
         allowed = 2 * error(unet(x, level, context))
-    biases, keys = unet.noise_biases(level), unet.context_keys(context)
+    biases, keys = unet.noise_biases(level), unet.context_keys(context, lasting=True)
     steps, errors = {}, {}
     for name, ways in variants().items():
 
