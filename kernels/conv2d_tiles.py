@@ -186,7 +186,7 @@ class Tile:
 
 # (warpgroups, block_n): what the registers of a consumer thread hold.
 SHAPES = [(w, n) for w in (1, 2, 3) for n in (32, 48, 64, 80, 96, 112, 128, 160)]
-SHAPES += [(2, 192), (2, 256), (1, 256), (1, 192)]
+SHAPES += [(w, n) for w in (1, 2) for n in (40, 72, 88, 144, 192, 256)]
 
 # Columns of a tile without spills, by consumer warpgroups beside the normalising one
 NORM_WIDEST = {1: 256, 2: 192, 3: 128}

@@ -34,7 +34,8 @@ SECTOR_BYTES, ROW_BYTES = 32, 64  # what the L2 moves at least, and a row costs 
 TWO_PASS_US = 5.5  # two launches, four latencies, a merge of all slices
 TWO_PASS_MB_US = 0.58  # of x: two reads and one write
 TWO_PASS_IN_FLIGHT_US = 10.0  # and this / accesses in flight of a block: its warps x vectors, to 64
-MAX_VECS = 16
+MAX_VECS = 16  # of a thread
+MAX_NARROW_VECS = 24  # in shared memory, of less than 16 bytes each
 MAX_SMEM_BYTES = 227 * 1024
 MAX_PAIRS_BYTES = 96 * 1024  # of pairs (mean, M2) alone
 # Clusters resident at once on 132 multiprocessors, one block on each: not 132 / size, because a
@@ -102,11 +103,10 @@ class Plan:
 
         Blocks that start early take multiprocessors that are free, two to one of them while others
         have none, and are slow then: 320 @64, 64 blocks, 5.68 us early, 3.97 late, 4.57 without
-        overlap. Where blocks come in several waves, or their loads last, early is better.
+        overlap. Where blocks come in several waves early is a little better.
         """
         blocks = shape.images * shape.groups // self.slab_groups * self.cluster
-        one_wave = self.cluster > 1 and blocks <= shape.multiprocessors
-        return "late" if one_wave and self.staging == "registers" else "early"
+        return "late" if self.cluster > 1 and blocks <= shape.multiprocessors else "early"
 
     def smem_bytes(self, shape: Shape) -> int:
         """Dynamic shared memory of a channels_last kernel: see "Shared map" in its header."""
@@ -198,7 +198,8 @@ def nhwc_one_pass(shape: Shape) -> Iterator[Plan]:
 def nhwc_blocks_per_sm(shape: Shape, p: Plan) -> int:
     """How many blocks of a one-pass plan a multiprocessor holds; 0 where it is not possible."""
     in_shared = p.staging == "shared"
-    if in_shared and (p.elements * shape.size < 4 or p.vecs > MAX_VECS):
+    width = p.elements * shape.size
+    if in_shared and (width < 4 or p.vecs > (MAX_VECS if width == 16 else MAX_NARROW_VECS)):
         return 0  # cp.async copies 4 bytes at least
     kept = 2 if in_shared else p.vecs
     needed = registers(kept, p.elements, p.elements // p.segment, shape.size)
