@@ -25,6 +25,8 @@ class Tile:
     unroll: the loop over the keys is unrolled by the stages.
     mixed: steps of p v between those of q k^T, fewer than either has.
     short_first: a first block of 16 keys at most takes the exponentials of 16.
+    short: warpgroups with rows in the tiles of the last round, 2 at least if they take turns; 0:
+        all.
     """
 
     warpgroups: int
@@ -37,6 +39,7 @@ class Tile:
     unroll: bool = False
     mixed: int = 0
     short_first: bool = False
+    short: int = 0
 
     @property
     def threads(self) -> int:
@@ -55,10 +58,26 @@ class Tile:
         clocks are what no round overlaps. One block a multiprocessor; docs/attention.md.
         """
         steps = -(-head_dim // 16) * self.block_n // 2 + self.block_n // 16 * head_dim // 2
-        round_clocks = self.warpgroups * (64 * self.block_n / 16 + steps)
-        tiles = heads * -(-n // (64 * self.warpgroups))
-        per_tile = 2500 + -(-m // self.block_n) * SHARE[self.warpgroups] * round_clocks
-        return -(-tiles // MULTIPROCESSORS) * per_tile
+        each = 64 * self.block_n / 16 + steps  # clocks of a warpgroup and block of keys
+
+        def tile(groups: int) -> float:
+            return 2500 + -(-m // self.block_n) * SHARE[groups] * groups * each
+
+        def waves(tiles: int) -> int:
+            return -(-tiles // MULTIPROCESSORS)
+
+        if not self.short:
+            return waves(heads * -(-n // (64 * self.warpgroups))) * tile(self.warpgroups)
+        tall, short = (heads * tiles for tiles in self.rounds(heads, n))
+        return waves(tall) * tile(self.warpgroups) + waves(short) * tile(self.short)
+
+    def rounds(self, heads: int, n: int) -> tuple[int, int]:
+        """Tiles of a head with all their rows, as many as fill every multiprocessor equally often,
+        and those of `short` warpgroups for the rows that are left."""
+        block_m = 64 * self.warpgroups
+        full = heads * -(-n // block_m) // MULTIPROCESSORS  # rounds
+        tall = full * MULTIPROCESSORS // heads
+        return tall, max(0, -(-(n - tall * block_m) // (64 * (self.short or self.warpgroups))))
 
     def program(self, head_dim: int, dtype: str) -> loader.Program:
         return loader.program(
@@ -74,6 +93,7 @@ class Tile:
             UNROLL=self.unroll,
             MIXED=self.mixed,
             SHORT_FIRST=self.short_first,
+            SHORT=self.short,
             dtype=dtype,
         )
 
@@ -93,13 +113,18 @@ def attention_sm90a(
     tile = tile or choose_tile(b * h, n, m, d, q.dtype)
     if tile.stages == 1 and not tile.block_n - 16 < m <= tile.block_n:
         raise ValueError(f"attention: {tile} is for {tile.block_n - 15} to {tile.block_n} keys")
-    block_m, short = 64 * tile.warpgroups, SHORT_NAME[q.dtype]
+    block_m, kind = 64 * tile.warpgroups, SHORT_NAME[q.dtype]
     maps = (_heads(q, block_m), _heads(k, tile.block_n), _heads(v, tile.block_n), _heads(out, 64))
-    tile.program(d, short).launch(
-        f"attention_{short}",
-        grid=(-(-n // block_m), h, b),
+    grid: tuple[int, ...] = (-(-n // block_m), h, b)
+    more: tuple[int, ...] = ()
+    if tile.short:
+        tall, short = tile.rounds(b * h, n)
+        grid, more = (b * h, tall + short), (h, tall)
+    tile.program(d, kind).launch(
+        f"attention_{kind}",
+        grid=grid,
         block=(tile.threads,),
-        args=(*maps, m, -(-m // tile.block_n), scale_log2),
+        args=(*maps, m, -(-m // tile.block_n), scale_log2, *more),
         smem_bytes=tile.smem_bytes(d),
     )
     return out

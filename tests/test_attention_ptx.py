@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_calls import BF16, F16, assert_right, draw, steep
 
+from mirage_hello.kernels import attention_sm90a as attention_sm90a_module
 from mirage_hello.kernels.attention_sm90a import Tile, attention_sm90a, candidates, choose_tile
 from mirage_hello.ptx import assembler
 
@@ -129,6 +130,26 @@ def test_exact_tiles_in_the_emulator(tile, queries, keys, head_dim):
     assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
 
 
+@pytest.mark.parametrize(
+    ("tile", "queries", "head_dim", "rounds"),
+    [
+        (Tile(3, 48, 2, True, 1, True, pv_first=True, unroll=True, short=2), 600, 64, (3, 1)),
+        (Tile(3, 48, 3, True, 2, True, short=2), 100, 40, (0, 1)),
+        (Tile(2, 48, 2, False, 0, short=1), 450, 72, (3, 2)),
+        (Tile(3, 48, 2, False, 0, True, short=1), 650, 64, (3, 2)),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tiles_of_two_heights(tile, queries, head_dim, rounds, batch, monkeypatch):
+    """On 3 multiprocessors; also where the lazy maximum does not do."""
+    monkeypatch.setattr(attention_sm90a_module, "MULTIPROCESSORS", 3)
+    assert tile.rounds(2, queries) == rounds
+    q, k, v = draw(queries, 150, head_dim, batch=batch, heads=2 // batch)
+    assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
+    k = steep(k, 4000.0)
+    assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
+
+
 def test_a_tile_for_one_block_of_keys_takes_no_other_number():
     q, k, v = draw(10, 81, 40)
     for keys in (64, 81):
@@ -235,6 +256,19 @@ def test_a_dominating_key_on_a_gpu(key):
     q = q.abs()
     k[:, key] = 1e3
     assert_right(attention_sm90a(q, k, v), q, k, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("steepness", [None, 4000.0])
+@pytest.mark.parametrize("queries", [4096, 4000, 3000])
+def test_tiles_of_two_heights_on_a_gpu(queries, steepness):
+    tile = Tile(3, 128, 2, True, 1, True, pv_first=True, unroll=True, short=2)
+    q, k, v = draw(queries, 700, 64, device="cuda", batch=2, heads=5)
+    assert tile.rounds(10, queries)[1] > 0
+    k = steep(k, steepness) if steepness else k
+    out = attention_sm90a(q, k, v, None, tile)
+    assert_right(out, q, k, v)
+    assert torch.equal(out, attention_sm90a(q, k, v, None, tile))
 
 
 @pytest.mark.gpu

@@ -56,7 +56,7 @@ def tiles(n: int, m: int, d: int) -> list[Tile]:
         found += [replace(tile, mixed=2, ping_pong=False)]
     elif d <= 64:
         tile = Tile(3, 128, 2, True, 1, True, pv_first=True, unroll=True)
-        found = [tile, replace(tile, unroll=False)]
+        found = [tile, replace(tile, unroll=False), replace(tile, short=2)]
         found += [replace(tile, pv_first=False, mixed=i) for i in (2, 3)]
         if m >= 8192:
             tile = Tile(4, 64, 3, True, 0, True, unroll=True)
