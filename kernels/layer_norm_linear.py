@@ -4,8 +4,8 @@
     linear(layer_norm(x)) = rstd (x W'^T - mean s) + b'
 
 `fold` makes W', s and b' once for all calls. Mean and rstd of the rows come from sums that the
-linear before left (`linear_summed`), else from a small kernel that runs under the product; the
-product multiplies x by W' and applies them to its float32 sums.
+linear before left (`linear_summed`), else from a small kernel, under which the product loads its
+weights; the product multiplies x by W' and applies them to its float32 sums.
 
 Not ops of the registry: they take the folded weight, and folding costs more than a call.
 """
