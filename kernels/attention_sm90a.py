@@ -1,6 +1,6 @@
 """attention on Hopper: the launch of ptx/attention.sm90a.ptx.j2 and the choice of its tile."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,8 +23,6 @@ class Tile:
     lazy: the first block's row maxima serve all blocks; see the header of the source.
     pv_first: p v of a block is issued before q k^T of the next and both are awaited.
     unroll: the loop over the keys is unrolled by the stages.
-    mixed: steps of p v between those of q k^T, fewer than either has.
-    short_first: a first block of 16 keys at most takes the exponentials of 16.
     short: warpgroups with rows in the tiles of the last round, 2 at least if they take turns; 0:
         all.
     """
@@ -37,13 +35,11 @@ class Tile:
     lazy: bool = False
     pv_first: bool = False
     unroll: bool = False
-    mixed: int = 0
-    short_first: bool = False
     short: int = 0
 
     @property
     def threads(self) -> int:
-        return 128 * (self.warpgroups + (self.stages > 1))
+        return 128 * (self.warpgroups + 1)
 
     def smem_bytes(self, head_dim: int) -> int:
         """Q rows and 2 x stages key blocks of 128-byte rows, one row per 64 columns; barriers."""
@@ -91,8 +87,6 @@ class Tile:
             LAZY=self.lazy,
             PV_FIRST=self.pv_first,
             UNROLL=self.unroll,
-            MIXED=self.mixed,
-            SHORT_FIRST=self.short_first,
             SHORT=self.short,
             dtype=dtype,
         )
@@ -111,8 +105,6 @@ def attention_sm90a(
         return out.zero_()
     q, scale_log2 = attention_mma.positive_scale(q, scale)
     tile = tile or choose_tile(b * h, n, m, d, q.dtype)
-    if tile.stages == 1 and not tile.block_n - 16 < m <= tile.block_n:
-        raise ValueError(f"attention: {tile} is for {tile.block_n - 15} to {tile.block_n} keys")
     block_m, kind = 64 * tile.warpgroups, SHORT_NAME[q.dtype]
     maps = (_heads(q, block_m), _heads(k, tile.block_n), _heads(v, tile.block_n), _heads(out, 64))
     grid: tuple[int, ...] = (-(-n // block_m), h, b)
@@ -153,22 +145,23 @@ def choose_tile(heads: int, n: int, m: int, d: int, dtype: torch.dtype) -> Tile:
 
 
 def candidates(m: int, d: int, dtype: torch.dtype) -> list[Tile]:
-    """Tiles that are right for m keys of head dimension d; docs/attention.md has their times."""
-    if m <= 128:  # all keys at once, in as many warpgroups as have the registers
-        keys = -(-m // 16) * 16
-        most = 4 if 3 * keys // 4 + d // 2 <= 88 else 2  # registers: 128 a thread, or 255
-        return [Tile(g, keys, 1, False, 0) for g in (4, 2, 1) if g <= most]
-    # A lazy maximum: half precision overflows beyond 2^15 equal keys.
-    lazy = dtype == torch.bfloat16 or m <= 16384
+    """Tiles for m keys of head dimension d, right for any number; docs/attention.md has times."""
+    # A lazy maximum needs a second block to pay; half precision overflows beyond 2^15 equal keys.
+    lazy = m > 128 and (dtype == torch.bfloat16 or m <= 16384)
     small, last = d <= 128, 3 if d <= 80 or 128 < d <= 192 else 2
     found = [
         Tile(2, 96 if small else 64, 3 if d <= 192 else 2, False, 0, lazy),
         Tile(1, 128 if small else 64, last, False, 0, lazy, unroll=lazy),
     ]
     if d <= 64:
-        found.append(Tile(3, 128, 2, True, int(lazy), lazy, pv_first=True, unroll=lazy))
-        wide = Tile(4, 64, 3, True, 0, lazy, unroll=lazy)
-        found.append(wide if d > 48 else Tile(4, 80, 3, True, 2 * lazy, lazy))
+        turns = Tile(3, 128, 2, True, int(lazy), lazy, pv_first=True, unroll=lazy)
+        found.append(turns)
+    if 48 < d <= 64:
+        found += [replace(turns, short=2), Tile(4, 64, 3, True, 0, lazy, unroll=lazy)]
+    if d <= 48:
+        once = Tile(4, 80, 2, False, 0)
+        many = Tile(4, 80, 3, True, 2 * lazy, lazy)
+        found.append(once if m <= 80 else many)
     return found
 
 

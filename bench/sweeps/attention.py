@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mirage_hello.bench import harness
 from mirage_hello.bench.sweeps import runner
 from mirage_hello.kernels import attention_mma, parity
-from mirage_hello.kernels.attention_sm90a import Tile, attention_sm90a
+from mirage_hello.kernels.attention_sm90a import Tile, attention_sm90a, candidates
 from mirage_hello.reference import attention
 
 LIMIT_S = 60
@@ -39,39 +39,14 @@ CASES = {
 SMEM = 232448  # bytes a block may have on Hopper
 
 
-def tiles(n: int, m: int, d: int) -> list[Tile]:
-    """Tiles worth timing at this shape, by what wider sweeps said; docs/attention.md has those."""
-    if m <= 128:
-        keys = -(-m // 16) * 16
-        found = [Tile(g, keys, 1, False, 0) for g in (1, 2, 4)]
-        if d <= 64:
-            found += [Tile(4, keys, 2, False, 0)]
-        else:
-            found += [Tile(1, 128, 2, False, 0), Tile(1, 64, 2, False, 0)]
-    elif d <= 48:
-        tile = Tile(4, 80, 3, True, 2, True)
-        found = [tile, replace(tile, short_first=True)]
-        found += [replace(tile, mixed=i, short_first=True) for i in (1, 2)]
-        found += [replace(tile, mixed=2, poly=p, short_first=True) for p in (1, 3)]
-        found += [replace(tile, mixed=2, ping_pong=False)]
-    elif d <= 64:
-        tile = Tile(3, 128, 2, True, 1, True, pv_first=True, unroll=True)
-        found = [tile, replace(tile, unroll=False), replace(tile, short=2)]
-        found += [replace(tile, pv_first=False, mixed=i) for i in (2, 3)]
-        if m >= 8192:
-            tile = Tile(4, 64, 3, True, 0, True, unroll=True)
-            found = [tile, replace(tile, poly=1)] + [replace(tile, mixed=i) for i in (1, 2, 3)]
-    elif d <= 128 and n >= 4096:
-        tile = Tile(2, 96, 3, False, 0, True)
-        found = [tile, replace(tile, mixed=2), replace(tile, mixed=3)]
-        found += [replace(tile, unroll=True)]
-    elif d <= 128:
-        tile = Tile(1, 128, 3, False, 0, True, unroll=True)
-        found = [tile, replace(tile, unroll=False), replace(tile, mixed=2), replace(tile, mixed=4)]
-    else:
-        tile = Tile(1, 64, 3, False, 0, True, unroll=True)
-        found = [tile, replace(tile, unroll=False), replace(tile, mixed=2)]
-    return [tile for tile in found if tile.smem_bytes(d) <= SMEM]
+def tiles(m: int, d: int) -> list[Tile]:
+    """The launcher's candidates, and each with one thing changed."""
+    found = candidates(m, d, torch.bfloat16)
+    for tile in tuple(found):
+        found += [replace(tile, stages=tile.stages + 1), replace(tile, poly=tile.poly + 1)]
+        if tile.lazy:
+            found.append(replace(tile, unroll=not tile.unroll))
+    return [tile for tile in dict.fromkeys(found) if tile.smem_bytes(d) <= SMEM]
 
 
 def run_case(name: str) -> dict:
@@ -86,9 +61,9 @@ def run_case(name: str) -> dict:
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     ).transpose(1, 2)
     plain = pick(sdpa())
-    candidates = tiles(n, m, d)
+    timed_tiles = tiles(m, d)
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda t: t.program(d, "bf16").compile("sm_90a"), candidates))
+        list(pool.map(lambda t: t.program(d, "bf16").compile("sm_90a"), timed_tiles))
     # Scores of some thousands, larger in the keys that are walked last: a lazy maximum overflows.
     steep_k = (k.float() * torch.linspace(400, 40, m, device="cuda")[None, :, None, None]).to(k)
     steep_q = q * 10
@@ -97,7 +72,7 @@ def run_case(name: str) -> dict:
         pick(steep_q).transpose(1, 2), steep_k.transpose(1, 2), v.transpose(1, 2)
     ).transpose(1, 2)
     good, rows_out = {}, []
-    for tile in candidates:
+    for tile in timed_tiles:
         out = attention_sm90a(q, k, v, None, tile)
         result = parity.judge(pick(out), plain, truth)
         if result.passed:

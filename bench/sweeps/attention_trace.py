@@ -21,7 +21,6 @@ POINTS = ("wait K, turn", "issue", "wait S", "exponentials, next K", "wait PV", 
 # (B, H, N, M, D), tile
 CASES = [
     ((1, 8, 4096, 4096, 40), Tile(4, 80, 3, True, 2, True)),
-    ((1, 8, 4096, 4096, 40), Tile(4, 80, 3, True, 2, True, mixed=2)),
     ((1, 5, 4096, 4096, 64), Tile(3, 128, 2, True, 1, True, pv_first=True, unroll=True)),
     ((1, 8, 4096, 8192, 64), Tile(4, 64, 3, True, 0, True, unroll=True)),
     ((1, 8, 1024, 1024, 80), Tile(1, 128, 3, False, 0, True, unroll=True)),
