@@ -10,6 +10,7 @@ import torch
 from attention_calls import BF16, F16, assert_right, draw, steep
 
 from mirage_hello.kernels import attention_sm90a as attention_sm90a_module
+from mirage_hello.kernels import tuning
 from mirage_hello.kernels.attention_sm90a import Tile, attention_sm90a, candidates, choose_tile
 from mirage_hello.ptx import assembler
 
@@ -90,6 +91,17 @@ def test_exponentials_run_under_the_second_product(head_dim, tile, loops, least,
 )
 def test_what_the_estimate_chooses(shape, warpgroups):
     assert choose_tile(*shape, BF16).warpgroups == warpgroups
+
+
+def test_the_tile_is_asked_of_the_tuning_tables():
+    """What `mirage tune` and `mirage explain` hear, with nothing launched."""
+    q, k, v = (torch.empty(1, 4096, 10, 64, dtype=BF16, device="meta") for _ in range(3))
+    request = tuning.request_of(attention_sm90a, (q, k, v))
+    assert (request.op, request.key) == ("attention", "heads=10 n=4096 m=4096 d=64 dtype=bf16")
+    choice = tuning.choose(request, card="none")
+    assert choice.tile == choose_tile(10, 4096, 4096, 64, BF16)
+    assert choice.runner_up in candidates(4096, 64, BF16)
+    assert choice.cost_ratio > 1
 
 
 # Emulated
