@@ -21,7 +21,14 @@ from mirage_hello.model.training import Options, TrainingError, preset, train
 from mirage_hello.model.training import state as states
 from mirage_hello.model.training.config import TrainConfig, changed, read
 from mirage_hello.model.training.export import export
-from mirage_hello.model.training.history import ErrorBank, augmented, drifted, true_memory
+from mirage_hello.model.training.history import (
+    ErrorBank,
+    augmented,
+    drawn_tint,
+    drifted,
+    tinted,
+    true_memory,
+)
 from mirage_hello.model.training.journal import read as read_metrics
 from mirage_hello.model.training.optimise import Optimiser, learning_rate
 from mirage_hello.model.training.pool import ClipPool, plain_of, plan
@@ -150,9 +157,10 @@ def test_true_memory_is_what_the_ring_buffer_would_hold(pool):
 
 
 def test_augmentation_rates_and_levels():
-    config = quick(history_noise=0.3, clean_share=0.2, history_dropout=0.25, corruption=0.5)
+    config = quick(history_noise=0.3, clean_share=0.2, corruption=0.5)
     generator = torch.Generator().manual_seed(0)
     memory = torch.ones(2000, 20, 2, 2)
+    memory[:500] = 0  # an empty memory stays empty
     bank = ErrorBank(8, torch.zeros(1, 4, 2, 2))
     own = torch.zeros(2000, dtype=torch.bool)
     noisy, level = augmented(memory, own, bank, config, generator)
@@ -163,8 +171,48 @@ def test_augmentation_rates_and_levels():
     spread = (noisy - 1).flatten(1).std(1)
     kept = (level > 0.1) & ((noisy - 1).mean((1, 2, 3)).abs() < 0.05)
     assert (spread[kept] / level[kept]).mean() == pytest.approx(1.0, abs=0.1)
-    nothing, _ = augmented(memory, own, bank, quick(history=False, history_noise=0.0), generator)
-    assert (nothing == 0).all()
+
+
+def test_a_tint_changes_all_frames_of_a_memory_alike():
+    generator = torch.Generator().manual_seed(0)
+    where = torch.arange(6) < 4
+    tint = drawn_tint(where, 4, generator)
+    frame = torch.randn(6, 4, 3, 3)
+    memory = torch.cat((frame, torch.zeros_like(frame), frame), 1)
+    first, empty, last = tinted(memory, tint).chunk(3, 1)
+    assert torch.equal(first, last) and torch.equal(first[4:], frame[4:]) and (empty == 0).all()
+    change = (first - frame)[:4].square().mean() / frame[:4].square().mean()
+    assert 0.05 < change < 0.5
+    assert torch.equal(tinted(frame, tint.only(torch.zeros(6, dtype=torch.bool))), frame)
+
+
+@pytest.mark.parametrize("history", [True, False])
+def test_a_forgotten_memory_has_true_colours_and_a_kept_one_its_own(history):
+    from mirage_hello.model.training.parallel import Workers
+
+    config = quick(
+        batch=64, live_share=0.5, tint=1.0, history=history, history_dropout=0.5, corruption=0.0,
+        error_bank=0.0, history_noise=0.0,
+    )  # fmt: skip
+    stage = VideoStage(config, *build("minute"), Workers(config, "cpu"))
+    stage.start()
+    stage.pool.targets[:] = stage.pool.targets[:, :1].clone()  # nothing moves ...
+    stage.pool.sinks[:] = stage.pool.targets[:, 0]
+    stage.longest.fill_(9)
+    batch = stage.next_batch()
+    channels = stage.channels
+    memory = batch.inputs[:, channels:]
+    kept = (memory != 0).flatten(1).any(1)
+    # ... so the newest frame in a memory is the one to be drawn, in the same colours
+    torch.testing.assert_close(batch.target[kept], memory[kept, :channels])
+    plain = (batch.target[:, None] == stage.pool.targets[:, 0]).flatten(2).all(2).any(1)
+    assert plain[~kept].all() and not plain[kept].any()
+    assert (10 < kept.sum() < 54) == history and (history or not kept.any())
+    assert stage.streams is not None
+    held, _, _ = stage.streams.read()
+    errors = stage.streams.push(held[:, :channels].clone())
+    full = (held != 0).flatten(1).any(1)
+    torch.testing.assert_close(errors[full], torch.zeros_like(errors[full]))
 
 
 def test_drift_is_the_same_for_all_frames_of_a_memory_and_small():

@@ -67,6 +67,7 @@ class TrainConfig:
     history_noise: float = 0.35  # largest sigma added to the memory
     clean_share: float = 0.15  # memories with no noise at all
     history_dropout: float = 0.1
+    tint: float = 0.5  # share of memories and targets in colours that only the memory can tell
     corruption: float = 0.5  # share of memories that get drift-like corruptions
     error_bank: float = 0.5  # share of memories that get errors of earlier roll-outs
     bank_size: int = 512

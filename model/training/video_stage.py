@@ -15,7 +15,13 @@ from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.memory import LATENT_LIMIT
 from mirage_hello.model.samplers import Level, euler
 from mirage_hello.model.training.config import TrainConfig
-from mirage_hello.model.training.history import ErrorBank, augmented, true_memory
+from mirage_hello.model.training.history import (
+    ErrorBank,
+    augmented,
+    drawn_tint,
+    tinted,
+    true_memory,
+)
 from mirage_hello.model.training.optimise import Optimiser, autocast, in_half
 from mirage_hello.model.training.parallel import Workers
 from mirage_hello.model.training.pool import ClipPool
@@ -79,7 +85,7 @@ class VideoStage:
         )
         self.generator = workers.generator(config.seed, 2)
         live = round(config.live_share * config.batch)
-        self.streams = LiveStreams(live, self.pool, self.history) if live else None
+        self.streams = LiveStreams(live, self.pool, self.history, config.tint) if live else None
         self.bank = ErrorBank(config.bank_size, self.pool.sinks[:1].float())
         self.longest = torch.zeros((), dtype=torch.int64, device=device)  # live stream, in frames
         self.captured = Captured(
@@ -118,17 +124,28 @@ class VideoStage:
         time = torch.randint(frames, (count,), generator=generator, device=device)
         old_sink = torch.rand(count, generator=generator, device=device) < 0.7
         memory = true_memory(pool, clip, time, self.history, old_sink).float()
+        seen = (memory != 0).flatten(1).any(1)
+        tint = drawn_tint(seen & self.chosen(count, config.tint), self.channels, generator)
+        memory = tinted(memory, tint)
         if self.streams:
             self.streams.retire(self.longest, generator)
             held, clip_live, time_live = self.streams.read()
             memory = torch.cat((memory, held))
             clip, time = torch.cat((clip, clip_live)), torch.cat((time, time_live))
+            tint = tint.joined(self.streams.tint)
+        # What is forgotten cannot tell its colours: the true ones are the target.
+        kept = ~self.chosen(len(clip), config.history_dropout if config.history else 1.0)
+        memory, tint = memory * kept[:, None, None, None], tint.only(kept)
         own = torch.arange(len(clip), device=device) >= count
         memory, level = augmented(memory, own, self.bank, config, generator)
         inputs = torch.cat((pool.views[clip, time].float(), memory), 1)
-        return Batch(
-            self.laid_out(inputs), level, pool.styles[clip], pool.targets[clip, time].float()
-        )
+        target = tinted(pool.targets[clip, time], tint)
+        return Batch(self.laid_out(inputs), level, pool.styles[clip], target)
+
+    def chosen(self, count: int, share: float) -> Tensor:
+        """bool [count], each True with this probability."""
+        device = self.workers.device
+        return torch.rand(count, generator=self.generator, device=device) < share
 
     def noised(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """x = (1 - sigma / sigma_max) target + sigma noise, with ln sigma normal; and that sigma.
