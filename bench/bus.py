@@ -30,7 +30,7 @@ def pipelined(stream: FrameStream, frames: Iterable[np.ndarray]) -> dict[str, fl
     return {"us": median, "frames_per_second": 1e6 / median}
 
 
-def host_us(stream: FrameStream, frames: Iterable[np.ndarray]) -> dict[str, float]:
+def host_us(stream: FrameStream, frames: Iterable[np.ndarray | torch.Tensor]) -> dict[str, Any]:
     """Microseconds of a frame in which the host works: what it queues, and the two copies of the
     frame in its own memory; the device is waited for between the two and does not count.
     """

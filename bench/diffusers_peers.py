@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mirage_hello.model import Autoencoder, Denoiser, VideoUNet
 from mirage_hello.model.autoencoder import AutoencoderConfig
 from mirage_hello.model.checkpoint import unpack_attention
-from mirage_hello.model.layers import Keys
+from mirage_hello.model.rows import Keys
 from mirage_hello.model.unet import UNetConfig
 
 

@@ -86,6 +86,8 @@ def frame_row(where: dict[str, str], models: Models, steps: int) -> Callable[...
             counted = played(clip, 0, COUNTED_FRAMES)
             row["device_use"] = bus.device_use(lambda: bus.pipelined(ours, counted))
             row["host_us"] = bus.host_us(ours, played(clip, 0, RATE_FRAMES))
+            pinned = [torch.from_numpy(frame).pin_memory() for frame in played(clip, 0, 8)]
+            row["host_us"]["pinned"] = bus.host_us(ours, pinned * (RATE_FRAMES // 8))
             row["device"] = _device(streams, clip, row["under_way"]["us"])
             row["plan"] = {
                 "launches": len(ours.record().launches),

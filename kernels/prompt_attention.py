@@ -13,6 +13,8 @@ no attention: the softmax is in the first one's epilogue. Not an op of the regis
 folded prompt. Of 77 tokens and 8 heads A has 640 rows, where Wq has 320, 640 or 1280.
 """
 
+import functools
+import logging
 import math
 from dataclasses import dataclass
 
@@ -23,10 +25,12 @@ from torch import Tensor
 from mirage_hello.kernels import layer_norm_linear, linear_sm90a
 from mirage_hello.kernels.row_sums import RowSums
 
+log = logging.getLogger("mirage_hello")
 # Columns of a softmax: those that divide the columns of one of the kernel's tiles.
 WIDTHS = tuple(
     width for width in range(8, 257, 8) if any(n % width == 0 for n in linear_sm90a.WIDTHS)
 )
+LARGEST_ERROR = 1e-2  # of the self-test: bfloat16's rounding of P alone is 2e-3
 NOWHERE = -1e30  # in the place of -inf, whose products with 0 would be NaN
 
 
@@ -93,6 +97,30 @@ def probabilities(x: Tensor, prompt: Prompt, eps: float, sums: RowSums | None = 
     """
     weights = prompt.scores, prompt.columns
     return linear_sm90a.softmaxed(x, *weights, prompt.width, eps, sums)
+
+
+@functools.cache
+def proven(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel gives on this device what torch's do: as the registry proves its kernels
+    at their first use. False is logged. The emulator is trusted, as there."""
+    error = self_test(device, dtype) if device.type == "cuda" else 0.0
+    if error > LARGEST_ERROR:
+        log.warning("prompt_attention is not used on %s: self-test failed, %g", device, error)
+    return error <= LARGEST_ERROR
+
+
+@torch.no_grad()
+def self_test(device: torch.device, dtype: torch.dtype) -> float:
+    """Relative error of the probabilities of a small prompt against torch's in float64."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    x, to_q, to_out = draw(200, 64), 0.2 * draw(64, 64), draw(64, 64)
+    prompt = fold(draw(64), draw(64), to_q, draw(77, 128), to_out, heads=2)
+    truth = probabilities_torch(x.double(), prompt, 1e-5)
+    return ((probabilities(x, prompt, 1e-5) - truth).norm() / truth.norm()).item()
 
 
 def probabilities_torch(x: Tensor, prompt: Prompt, eps: float) -> Tensor:

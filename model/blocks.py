@@ -8,7 +8,6 @@ one matrix `to_kv`.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -16,22 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirage_hello.kernels import ops
-from mirage_hello.model.layers import (
-    Image,
+from mirage_hello.model.layers import Image, convolve, leaves_sums
+from mirage_hello.model.rows import (
     Keys,
     Tokens,
     attend_prompt,
-    convolve,
     feed_forward,
     feed_forward_out,
     fold_prompt,
-    fused_backend,
-    leaves_sums,
-    on_a_branch,
     project,
     project_in,
     project_out,
 )
+from mirage_hello.model.ways import fused_backend
 
 RESNET_EPS = 1e-5  # Stable Diffusion 1.5's values: 1e-5 in residual blocks,
 TRANSFORMER_EPS = 1e-6  # 1e-6 in the GroupNorm ahead of a transformer
@@ -66,13 +62,10 @@ class ResnetBlock(nn.Module):
         return ops.linear(embedding, self.time_emb_proj.weight, self.time_emb_proj.bias)
 
     def forward(self, x: Image, bias: Tensor, skip: Image | None = None) -> Image:
-        shortcut, wide = self.conv_shortcut, x
-        before: Any = contextlib.nullcontext()
-        if shortcut is not None:
-            wide, before = on_a_branch(x, lambda: convolve(x, shortcut, skip=skip))
         h = convolve(x, self.conv1, self.norm1, skip=skip, channel_bias=bias, unit=self.unit)
-        with before:
-            return convolve(h, self.conv2, self.norm2, residual=wide.pixels, unit=self.unit)
+        if self.conv_shortcut is not None:
+            x = convolve(x, self.conv_shortcut, skip=skip)
+        return convolve(h, self.conv2, self.norm2, residual=x.pixels, unit=self.unit)
 
 
 class SelfAttention(nn.Module):

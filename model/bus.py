@@ -26,6 +26,7 @@ class _Slot:
     computed: Any
     downloaded: Any
     host_out: Tensor | None = None  # of `Outputs`, while the frame is under way
+    lent_in: Tensor | None = None  # the caller's pinned frame, likewise
 
 
 class Outputs:
@@ -80,23 +81,29 @@ class Bus:
         return len(self._under_way)
 
     def bring(self, frame: np.ndarray | Tensor) -> _Slot | None:
-        """Queue the way of a frame into `frame_in`; the slot goes to `take`."""
+        """Queue the way of a frame into `frame_in`; the slot goes to `take`.
+
+        A tensor in pinned memory is read where it is, so it must stay as it is until its output is
+        collected; anything else is copied at once.
+        """
         if isinstance(frame, Tensor) and frame.device == self._frame_in.device:
             self._frame_in[0].copy_(frame)
             return None
         if not self._staged:
             np.copyto(self._frame_in[0].numpy(), frame)  # any strides, also read-only arrays
             return None
-        slot = self._free[-1]
-        if isinstance(frame, Tensor):
-            slot.host_in[0].copy_(frame)
+        slot, source = self._free[-1], self._free[-1].host_in
+        if not isinstance(frame, Tensor):
+            np.copyto(source[0].numpy(), frame)
+        elif self._frame_in.is_cuda and frame.is_pinned() and frame.is_contiguous():
+            slot.lent_in = source = frame[None]
         else:
-            np.copyto(slot.host_in[0].numpy(), frame)
+            source[0].copy_(frame)
         if not self._under_way:
-            self._frame_in.copy_(slot.host_in, non_blocking=True)
+            self._frame_in.copy_(source, non_blocking=True)
             return slot
         with torch.cuda.stream(self._up):
-            slot.staged_in.copy_(slot.host_in, non_blocking=True)
+            slot.staged_in.copy_(source, non_blocking=True)
             slot.uploaded.record()
         slot.uploaded.wait()
         self._frame_in.copy_(slot.staged_in)
@@ -128,7 +135,7 @@ class Bus:
             assert slot.host_out is not None
             slot.downloaded.synchronize()
             result = self._outputs.lend(slot.host_out)[0]
-            slot.host_out = None
+            slot.host_out = slot.lent_in = None
             self._free.append(slot)
         assert result is not None
         if result.is_cuda:  # made on the stream's own CUDA stream, used on the caller's

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mirage_hello.kernels import ops
-from mirage_hello.model.layers import Keys
+from mirage_hello.model.rows import Keys
 from mirage_hello.model.unet import VideoUNet
 
 TRAIN_STEPS = 1000  # of Stable Diffusion's schedule

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mirage_hello.kernels import frame_edges, ops
-from mirage_hello.model import layers
+from mirage_hello.model import ways
 from mirage_hello.model.autoencoder import Autoencoder
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.frame_buffers import FrameBuffers, pad
@@ -31,7 +31,7 @@ def frame(
     """buffers.frame_in, the memory and the noise -> buffers.frame_out and the memory."""
     history = buffers.memory.history
     takes = frame_edges.supports(denoiser.unet.config.latent_channels, history.dtype)
-    fused = takes and layers.fused_backend(history) == "ptx"
+    fused = takes and ways.fused_backend(history) == "ptx"
     run = _with_edges if fused else _op_by_op
     run(denoiser, autoencoder, sampler, buffers, settings)
 

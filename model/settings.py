@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mirage_hello.model.controls import Controls
 from mirage_hello.model.denoiser import Denoiser, NoiseCondition
-from mirage_hello.model.layers import Keys
+from mirage_hello.model.rows import Keys
 
 
 @dataclass

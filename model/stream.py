@@ -116,7 +116,8 @@ class FrameStream(LiveControls):
         """The output frame for an input frame.
 
         Args:
-            frame: uint8 [H, W, 3], RGB; a NumPy array, or a tensor on the host or the device.
+            frame: uint8 [H, W, 3], RGB; a NumPy array, or a tensor on the host or the device. One
+                in pinned memory is not copied on the host, and must stay until it is collected.
         Returns:
             uint8 [H, W, 3] of the same kind and place, owned by the caller.
         Raises:
@@ -140,7 +141,7 @@ class FrameStream(LiveControls):
                 raise RuntimeError(f"submit: {IN_FLIGHT} frames are under way; collect one first")
             buffers = self._of_size(frame.shape[0], frame.shape[1])
             # A frame in the host's memory owes nothing to what the caller's stream does.
-            with self._running(ordered=isinstance(frame, Tensor)):
+            with self._running(ordered=isinstance(frame, Tensor) and frame.is_cuda):
                 buffers.draws.normal_(generator=self._generator)  # while the frame is on its way
                 slot = buffers.bus.bring(frame)
                 if self._planned and buffers.policy is not self._wanted():

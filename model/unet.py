@@ -26,7 +26,8 @@ from mirage_hello.model.blocks import (
     Upsample,
     channels_last,
 )
-from mirage_hello.model.layers import Image, Keys, convolve
+from mirage_hello.model.layers import Image, convolve
+from mirage_hello.model.rows import Keys
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mirage_hello.model import (
     VideoUNet,
     derived,
     layers,
+    ways,
 )
 from mirage_hello.model.layers import Image, convolve
 from mirage_hello.ptx import loader
@@ -43,7 +44,7 @@ def test_a_fused_unet_is_the_plain_one(size, on_load, monkeypatch) -> None:
     with torch.no_grad():
         plain = unet(*args)
         assert not calls
-        with layers.fusing("torch"), layers.going(layers.Ways(on_load=on_load)):
+        with ways.fusing("torch"), ways.going(ways.Ways(on_load=on_load)):
             fused = unet(*args)
     assert any(kw.get("norm") is not None for kw in calls) == bool(on_load)
     assert any(kw["unit"] for kw in calls)
@@ -51,15 +52,15 @@ def test_a_fused_unet_is_the_plain_one(size, on_load, monkeypatch) -> None:
     torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4 * plain.std().item())
 
 
-FUSED = layers.Ways(sums_from=0, folds_from=0, folds_q_from=0, merges_from=0)
-APART = layers.Ways(*[2**31] * 4)
+FUSED = ways.Ways(sums_from=0, folds_from=0, folds_q_from=0, merges_from=0)
+APART = ways.Ways(*[2**31] * 4)
 # Sums at 8 x 8 alone, the products behind a feed-forward of 64 channels merged.
-MIXED = layers.Ways(sums_from=64, folds_from=64, folds_q_from=2**31, merges_from=64)
-SEEN = layers.Ways(row_sums=False)
+MIXED = ways.Ways(sums_from=64, folds_from=64, folds_q_from=2**31, merges_from=64)
+SEEN = ways.Ways(row_sums=False)
 
 
-@pytest.mark.parametrize("ways", [FUSED, MIXED, APART, SEEN])
-def test_the_emulated_kernels_make_the_same_unet(ways: layers.Ways) -> None:
+@pytest.mark.parametrize("taken", [FUSED, MIXED, APART, SEEN])
+def test_the_emulated_kernels_make_the_same_unet(taken: ways.Ways) -> None:
     """Every kernel in the U-Net's own order: error at most twice the plain bfloat16's."""
     unet, args, names = VideoUNet(CONFIG).eval(), unet_inputs(8, 8), Counter()
 
@@ -71,14 +72,14 @@ def test_the_emulated_kernels_make_the_same_unet(ways: layers.Ways) -> None:
         truth = unet(*args)
         unet = unet.bfloat16()
         plain = unet(*half)
-        with use("ptx-emulated"), layers.going(ways), loader.watched(note):
+        with use("ptx-emulated"), ways.going(taken), loader.watched(note):
             fused = unet(*half)
     # Of 31 norms 16 read 8 x 8 pixels; only the middle's transformer has a K in blocks of 64.
-    assert names["group_norm_apply_bf16"] == {FUSED: 31, MIXED: 16, APART: 0, SEEN: 31}[ways]
-    assert names["layer_norm_bf16"] == {FUSED: 15, MIXED: 16, APART: 18, SEEN: 15}[ways]
-    assert names["row_statistics_bf16"] == {FUSED: 0, MIXED: 0, APART: 0, SEEN: 3}[ways]
+    assert names["group_norm_apply_bf16"] == {FUSED: 31, MIXED: 16, APART: 0, SEEN: 31}[taken]
+    assert names["layer_norm_bf16"] == {FUSED: 15, MIXED: 16, APART: 18, SEEN: 15}[taken]
+    assert names["row_statistics_bf16"] == {FUSED: 0, MIXED: 0, APART: 0, SEEN: 3}[taken]
     # Two products of each of six transformers are one where they merge.
-    assert names["linear_bf16"] == {FUSED: 50, MIXED: 56, APART: 64, SEEN: 50}[ways]
+    assert names["linear_bf16"] == {FUSED: 50, MIXED: 56, APART: 64, SEEN: 50}[taken]
 
     def error(out: torch.Tensor) -> float:
         return ((out.float() - truth).norm() / truth.norm()).item()
@@ -90,7 +91,7 @@ def test_a_fused_autoencoder_is_the_plain_one() -> None:
     autoencoder, frames = Autoencoder(AutoencoderConfig((8, 16, 16))), image(1, 3, 32, 24)
     with torch.no_grad():
         plain = autoencoder(frames)
-        with layers.fusing("torch"):
+        with ways.fusing("torch"):
             torch.testing.assert_close(autoencoder(frames), plain, rtol=1e-3, atol=1e-4)
 
 
@@ -112,11 +113,11 @@ def test_units_of_the_presets() -> None:
 
 
 def test_a_gradient_or_a_policy_keeps_the_ops_apart() -> None:
-    with torch.enable_grad(), layers.fusing("torch"):
-        assert layers.fused_backend(image(1, 8, 2, 2)) is None
+    with torch.enable_grad(), ways.fusing("torch"):
+        assert ways.fused_backend(image(1, 8, 2, 2)) is None
     with torch.no_grad():
-        assert layers.fused_backend(image(1, 8, 2, 2)) is None
-        assert layers.fused_backend(image(1, 8, 2, 2).bfloat16()) is None  # a CPU
+        assert ways.fused_backend(image(1, 8, 2, 2)) is None
+        assert ways.fused_backend(image(1, 8, 2, 2).bfloat16()) is None  # a CPU
 
 
 @pytest.mark.parametrize(("c_in", "c_out"), [(28, 32), (32, 4), (5, 3), (16, 16)])
@@ -125,7 +126,7 @@ def test_padded_channels_change_nothing(c_in: int, c_out: int) -> None:
     x = Image(image(2, c_in, 6, 5))
     with torch.no_grad():
         plain = convolve(x, conv).pixels
-        with layers.fusing("torch"):
+        with ways.fusing("torch"):
             wide = layers.padded(conv)[0]
             assert wide.shape[0] % 8 == 0 and wide.shape[1] % 8 == 0
             torch.testing.assert_close(convolve(x, conv).pixels, plain, rtol=1e-4, atol=1e-5)

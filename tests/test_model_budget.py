@@ -106,7 +106,7 @@ def test_terms_add_up_and_follow_their_causes() -> None:
     many = budget.predict("880m", (512, 512), torch.bfloat16, batch=3, steps=4)
     assert many.activations == 3 * small.activations and many.buffers > 3 * small.buffers
     cuda = budget.predict("880m", (512, 512), torch.bfloat16, device="cuda")
-    # 12 C^2, 5 C^2 and 4 C^2 elements of 2 B in 5, 5 and 6 transformers of 320, 640 and 1280 channels
+    # 12 + 5 + 4 C^2 elements of 2 B in 5, 5 and 6 transformers of 320, 640 and 1280 channels
     folded = 2 * 21 * (5 * 320**2 + 5 * 640**2 + 6 * 1280**2)
     assert cuda.workspace == 64 * MIB + folded
     assert str(small).startswith(f"{small.total / MIB:.1f} MiB = weights")

@@ -16,7 +16,7 @@ from test_stream import UNET, clip, run, stream
 from torch import nn
 
 from mirage_hello.kernels import ops, use
-from mirage_hello.model import FrameStream, budget, layers
+from mirage_hello.model import FrameStream, budget, layers, ways
 from mirage_hello.model import stream as stream_module
 from mirage_hello.model.bus import IN_FLIGHT, LENT, Bus
 from mirage_hello.model.plan import Buffer, Plan, Record, place
@@ -400,7 +400,7 @@ def test_a_plan_stays_as_close_as_plain_bfloat16(device: torch.device) -> None:
     truth = np.array(run(stream(device, policy="torch"), frames), float)
     plain = np.array(run(stream(device, policy="torch", **half), frames), float)
     # On a CPU the fused layers by torch's kernels: the same order of operations.
-    fused = layers.fusing("torch") if device.type == "cpu" else contextlib.nullcontext()
+    fused = ways.fusing("torch") if device.type == "cpu" else contextlib.nullcontext()
     with fused:
         ours = np.array(run(planned(device, **half), frames), float)
     for first, last in ((0, 1), (95, 100)):

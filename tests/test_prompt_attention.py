@@ -86,6 +86,15 @@ def test_large_scores_and_padding_do_not_overflow() -> None:
     assert torch.isfinite(out).all() and (largest > 0.9).float().mean() > 0.9
 
 
+def test_the_self_test_tells_right_from_wrong(monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    assert prompt_attention.self_test(cpu, torch.bfloat16) < prompt_attention.LARGEST_ERROR / 3
+    right = linear_sm90a.softmaxed
+    for wrong in (lambda *a: 0 * right(*a), lambda *a: right(*a).roll(1, -1)):
+        monkeypatch.setattr(linear_sm90a, "softmaxed", wrong)
+        assert prompt_attention.self_test(cpu, torch.bfloat16) > prompt_attention.LARGEST_ERROR
+
+
 def test_widths_are_those_of_tiles() -> None:
     assert prompt_attention.width_of(77) == 80 and prompt_attention.width_of(3) == 8
     for tokens in range(1, 257):

@@ -205,6 +205,16 @@ def test_the_graph_computes_what_eager_does() -> None:
 
 
 @pytest.mark.gpu
+def test_a_pinned_frame_is_read_where_it_is() -> None:
+    frames, of = clip(4), stream("cuda")
+    expected = run(stream("cuda"), frames)
+    pinned = [torch.from_numpy(frame).pin_memory() for frame in frames]
+    assert all(np.array_equal(of.push(f).numpy(), e) for f, e in zip(pinned, expected, strict=True))
+    of.reset()
+    assert all(np.array_equal(o, e) for o, e in zip(of.run(pinned), expected, strict=True))
+
+
+@pytest.mark.gpu
 def test_a_changed_policy_is_captured_again() -> None:
     of, frame = stream("cuda"), clip(1)[0]
     of.push(frame)

@@ -17,7 +17,7 @@ import torch
 from mirage_hello.bench import bus, frame_profile, harness
 from mirage_hello.kernels import use
 from mirage_hello.kernels.parity import exact_float32
-from mirage_hello.model import FrameStream, build, layers
+from mirage_hello.model import FrameStream, build, ways
 from mirage_hello.ptx import programmatic
 
 SIZE = (512, 512)
@@ -25,11 +25,11 @@ LIMIT_S = 120
 FRAMES = 300
 VARIANTS = {
     "all": (),
-    "1x1 normalised on load": (lambda: layers.going(layers.Ways(on_load=(1,))),),
-    "normalised on load": (lambda: layers.going(layers.Ways(on_load=(1, 3))),),
+    "1x1 normalised on load": (lambda: ways.going(ways.Ways(on_load=(1,))),),
+    "normalised on load": (lambda: ways.going(ways.Ways(on_load=(1, 3))),),
     "fp8": (),
     "without overlap": (programmatic.without_overlap,),
-    "op by op": (lambda: layers.fusing(None),),
+    "op by op": (lambda: ways.fusing(None),),
 }
 
 

@@ -83,6 +83,9 @@ def main(out: str) -> int:
         print(f"{result[name]:8.1f}          us  {name}", flush=True)
     result["host_us"] = bus.host_us(stream, [frames[i % 64] for i in range(FRAMES)])
     print({name: round(us) for name, us in result["host_us"].items()}, flush=True)
+    pinned_frames = [frame.pin_memory() for frame in source[:8]]
+    result["pinned"] = bus.host_us(stream, pinned_frames * (FRAMES // 8))
+    print("pinned", {name: round(us) for name, us in result["pinned"].items()}, flush=True)
     with open(out, "w") as f:
         json.dump(result, f, indent=1)
     return 0

@@ -17,7 +17,8 @@ import torch
 from mirage_hello.bench import harness
 from mirage_hello.kernels import use
 from mirage_hello.kernels.parity import exact_float32
-from mirage_hello.model import build, layers
+from mirage_hello.model import build
+from mirage_hello.model.ways import Ways, going
 
 SIZE = 64  # of the latents of 512 x 512 pixels
 NEVER = 2**31
@@ -28,21 +29,20 @@ OTHERS: dict[str, dict[str, Any]] = {
     "products merged from 640": {"merges_from": 640},
     "products merged of 1280": {"merges_from": 1280},
     "prompts not folded": {"prompts": False},
-    "shortcuts on a branch": {"branches": True},
     "no sums of rows": {"row_sums": False},
     "none of both": {"row_sums": False, "merges_from": NEVER},
 }
 PRESET = "880m"
 
 
-def variants() -> dict[str, layers.Ways]:
+def variants() -> dict[str, Ways]:
     """Every pair of where sums are left and where LayerNorms fold; then one change more."""
     found = {}
     for (sums, pixels), (folds, (depth, q_depth)) in itertools.product(SUMS.items(), FOLDS.items()):
-        found[f"sums {sums}, folds {folds}"] = layers.Ways(pixels, depth, q_depth)
+        found[f"sums {sums}, folds {folds}"] = Ways(pixels, depth, q_depth)
     for sums in ("all", "at 64x64"):
         for name, change in OTHERS.items():
-            ways = dataclasses.replace(layers.Ways(SUMS[sums], 0, 0), **change)
+            ways = dataclasses.replace(Ways(SUMS[sums], 0, 0), **change)
             found[f"sums {sums}, folds all, {name}"] = ways
     return found
 
@@ -74,8 +74,8 @@ def main(out: str, device: str = "cuda") -> int:
     steps, errors = {}, {}
     for name, ways in variants().items():
 
-        def step(ways: layers.Ways = ways) -> torch.Tensor:
-            with layers.going(ways):
+        def step(ways: Ways = ways) -> torch.Tensor:
+            with going(ways):
                 return unet(x, biases, keys)
 
         errors[name] = error(step())
