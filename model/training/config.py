@@ -124,7 +124,7 @@ PRESETS: dict[str, TrainConfig] = {
     # The two ablations that show that the test is hard: see docs/evaluation.md.
     "no-augmentation": TrainConfig(
         minutes=4.0, history_noise=0.0, corruption=0.0, error_bank=0.0,
-        history_dropout=0.0, live_share=0.0, distill_steps=0, shares=(0.16, 0.84, 0.0),
+        history_dropout=0.0, tint=0.0, live_share=0.0, distill_steps=0, shares=(0.16, 0.84, 0.0),
     ),
     "no-history": TrainConfig(
         minutes=4.0, history=False, live_share=0.0, distill_steps=0,
