@@ -51,11 +51,8 @@ def conv2d_fused_sm90a(
     scales: Tensor | None = None,
     x_scale: float = 1.0,
     tile: Tile | None = None,
-    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See conv2d_fused.conv2d_fused; `tile` overrides the choice.
-
-    packed: None, or `pack_weight` of the weight, whose shape alone then counts.
 
     scales: float32 [O], of an e4m3 weight; x is e4m3 too, in units of x_scale, and out bfloat16.
         With a norm x is bfloat16, and e4m3 once it is normalised.
@@ -94,13 +91,11 @@ def conv2d_fused_sm90a(
     if out.numel() == 0:
         return out, sums
     box = (8 + s - 1, rows + r - 1, 1) if tile.patch else (8 * stride, rows * stride, 1)
-    taps = _taps(weight, tile.block_n) if packed is None else _packed(packed, tile.block_n)
-    maps = (*(_pixels(t, box, stride) for t in inputs), taps)
+    maps = (*(_pixels(t, box, stride) for t in inputs), _taps(weight, tile.block_n))
     tiles = (tiles_x, tiles_y * batch, -(-outputs // tile.block_n) * up * up)
     short = SHORT_NAME[dtype]
     norm_silu = None if norm is None else norm.silu
-    of_input = skip is not None, upsample
-    variant = *of_input, unit, activation == "silu", norm_silu, fp8, packed is not None
+    variant = skip is not None, upsample, unit, activation == "silu", norm_silu, fp8
     program(tile, r, s, stride, short, *variant).launch(
         f"conv2d_{short}",
         grid=tile.grid(*tiles),
@@ -140,15 +135,13 @@ def program(
     silu: bool = False,
     norm_silu: bool | None = None,
     fp8: bool = False,
-    packed: bool = False,
 ) -> loader.Program:
     """The program of a fitted tile; norm_silu: whether SiLU follows the norm, None without one."""
     return loader.program(
         "conv2d.sm90a", R=r, S=s, STRIDE=stride, SKIP=skip, UPSAMPLE=upsample,
         PATCH=tile.patch, PATCH_STAGES=tile.patch_stages, dtype=dtype, SUMS=unit,
         SUM_SLOTS=_slots(tile, unit), SILU=silu, NORM=norm_silu is not None,
-        NORM_SILU=bool(norm_silu), FP8=fp8, PROMOTE=tile.promote, PACKED=packed,
-        **tile.variables(r, s),
+        NORM_SILU=bool(norm_silu), FP8=fp8, PROMOTE=tile.promote, **tile.variables(r, s),
     )  # fmt: skip
 
 
@@ -169,36 +162,6 @@ def _taps(weight: Tensor, block_n: int) -> loader.TensorMap:
     dims, strides = (c, r * s, o), (row, r * s * row)
     box = (128 // weight.element_size(), 1, block_n)
     return loader.tensor_map(weight, box, dims=dims, strides=strides)
-
-
-def pack_weight(weight: Tensor, x_channels: int | None = None) -> Tensor:
-    """[K blocks, O, 64] (e4m3: 128) of a weight [O, C, R, S]: what a block loads lies together.
-
-    The kernel's loads of a weight in its own layout are O rows of 128 bytes, R S C elements apart;
-    from device memory that costs bandwidth. A K block is 64 channels of one tap, taps innermost,
-    channels of x before those of a skip, each padded with zeros to whole blocks.
-
-    Args:
-        weight: [O, C, R, S].
-        x_channels: of x, where a skip has the rest; None: all.
-    """
-    outputs, channels, r, s = weight.shape
-    depth, x_channels = 128 // weight.element_size(), x_channels or channels
-    bits = weight.view(torch.uint8 if weight.element_size() == 1 else torch.int16)
-    parts = bits.split([x_channels, channels - x_channels], 1)
-    packed = []
-    for part in parts[: 1 if x_channels == channels else 2]:
-        blocks = -(-part.shape[1] // depth)
-        wide = part.new_zeros(outputs, blocks * depth, r, s)
-        wide[:, : part.shape[1]] = part
-        blocked = wide.reshape(outputs, blocks, depth, r * s).permute(1, 3, 0, 2)
-        packed.append(blocked.reshape(blocks * r * s, outputs, depth))
-    return torch.cat(packed).view(weight.dtype)
-
-
-def _packed(weight: Tensor, block_n: int) -> loader.TensorMap:
-    """[K blocks, O, 64] in memory, boxes of one K block."""
-    return loader.tensor_map(weight, (weight.shape[2], block_n, 1))
 
 
 def supports(call: Call) -> str | None:

@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -86,20 +85,6 @@ def test_emulated(tile):
 def test_emulated_windows(window, stride):
     result = in_parity(inputs(2, 16, 7, 11, 24, window, stride, window // 2, torch.float16))
     assert result.passed, result
-
-
-PACKED = [Tile(2, 48, split=3, patch=True), Tile(1, 32), replace(PATCH, persistent=True)]
-
-
-@pytest.mark.parametrize("skip_channels", [0, 40])
-@pytest.mark.parametrize("tile", PACKED, ids=str)
-def test_emulated_packed_weight(tile, skip_channels):
-    """The same bits from a weight whose K blocks lie together."""
-    x, skip = draw(1, 72, 9, 10), draw(1, skip_channels, 9, 10) if skip_channels else None
-    weight = draw(40, 72 + skip_channels, 3, 3, scale=0.04)
-    packed = conv2d_sm90a.pack_weight(weight, 72)
-    call = partial(conv2d_sm90a.conv2d_fused_sm90a, x, weight, padding=1, skip=skip, tile=tile)
-    assert torch.equal(call(packed=packed)[0], call()[0])
 
 
 @pytest.mark.parametrize("padding", [0, 2, (0, 1), (2, 0)])

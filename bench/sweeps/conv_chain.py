@@ -7,8 +7,7 @@ of its output; every call of a graph has weights of its own, more than the L2 ho
 blocks of a convolution may start, and load weights, while the kernels before it still run: what a
 tile leaves of a multiprocessor counts. Tried: the cheapest by the model, of more widths than
 `choose_tile` knows, the best of them with fewer stages, and how many blocks of the GroupNorm a
-multiprocessor may hold: those that start early crowd where one is free; and weights packed so
-that what a block loads lies together. About 6 s a case.
+multiprocessor may hold: those that start early crowd where one is free. About 6 s a case.
 """
 
 import sys
@@ -88,18 +87,14 @@ def run_case(name: str) -> dict:
     copies = -(-COLD_BYTES // (window**2 * total * o * 2))
     weights = [image(o, total, window, window, scale=scale) for _ in range(copies)]
 
-    def call(
-        weight: Tensor, tile: Tile | None, cut: Cut | None = None, packed: Tensor | None = None
-    ) -> Tensor:
+    def call(weight: Tensor, tile: Tile | None, cut: Cut | None = None) -> Tensor:
         h = group_norm_apply(x, norm, skip, cut)
         args = (h, weight, bias, 1, window // 2, None, residual)
-        return conv.conv2d_fused_sm90a(*args, unit=UNIT, tile=tile, packed=packed)[0]
+        return conv.conv2d_fused_sm90a(*args, unit=UNIT, tile=tile)[0]
 
     def compiled(tile: Tile) -> None:
         fitted = tile.fitted(tile.share(blocks), window, window)
-        for packed in (False, True):
-            program = conv.program(fitted, window, window, 1, "bf16", unit=UNIT, packed=packed)
-            program.compile("sm_90a")
+        conv.program(fitted, window, window, 1, "bf16", unit=UNIT).compile("sm_90a")
 
     chosen = conv.choose_tile(1, edge, edge, o, blocks, window, window, 1, UNIT)
     tried = list(dict.fromkeys([chosen, *tiles(edge, o, blocks, window)]))
@@ -108,8 +103,6 @@ def run_case(name: str) -> dict:
     with ThreadPoolExecutor(16) as pool:  # ptxas is a process of its own
         list(pool.map(compiled, tried))
     plain = call(weights[0], chosen)
-    together = [conv.pack_weight(w) for w in weights]
-    assert torch.equal(call(weights[0], chosen, packed=together[0]), plain)
     good = {}
     for tile in dict.fromkeys(tried):
         result = parity.judge(call(weights[0], tile), plain, plain.double())
@@ -118,10 +111,6 @@ def run_case(name: str) -> dict:
         else:
             print(f"{name} {tile} WRONG {result}", flush=True)
     named = {str(tile): runs for tile, runs in good.items()}
-    packed = {
-        f"packed {tile}": [partial(call, weights[0], tile, None, w) for w in together]
-        for tile in list(good)[:4]
-    }
     own = choose_cut(1, edge * edge, 32, total // 32 * 2)
     cuts = [replace(own, together=t) for t in (0, 1, 2, 3, 4)]
     cuts += [replace(c, vecs=max(1, own.vecs // 2)) for c in cuts if own.vecs > 1]
@@ -129,10 +118,10 @@ def run_case(name: str) -> dict:
     alone = {f"apply alone {c}": [partial(group_norm_apply, x, norm, skip, c)] for c in cuts}
     alone |= {f"chosen, apply {c}": [partial(call, w, chosen, c) for w in weights] for c in cuts}
     effort = harness.Effort(rounds=6, sample_us=500.0)
-    timed = harness.measure({**alone, **named, **packed}, "cuda", effort=effort)
+    timed = harness.measure({**alone, **named}, "cuda", effort=effort)
     medians = {key: t.median_us for key, t in timed.items()}
     print(f"{name}: chosen {medians[str(chosen)]:.2f} us {chosen}", flush=True)
-    for key in sorted(alone | packed, key=lambda key: medians[key]):
+    for key in sorted(alone, key=lambda key: medians[key]):
         print(f"   {medians[key]:7.2f} us  {key}", flush=True)
     for tile in sorted(good, key=lambda t: medians[str(t)])[:8]:
         estimate = clocks(tile, edge, o, blocks, window) / 1830

@@ -10,7 +10,6 @@ process of its own.
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 
 import torch
 
@@ -107,8 +106,6 @@ def run_case(name: str) -> dict:
     variants = {}
     if layout == "nhwc":
         variants = one_pass_variants(name, shape, tried, x, weight, bias)
-    elif any(p.passes == 2 for p in tried[:3]):
-        variants = contiguous_variants(shape, x, weight, bias)
     for key, call in variants.items():
         result = parity.judge(call(), plain, truth)
         if not result.passed:
@@ -162,21 +159,6 @@ def one_pass_variants(name: str, shape: Shape, tried: list[Plan], x, weight, bia
                 if turns and turns % way.get("PARTS", 1) == 0:
                     call = contender(shape, p, x, weight, bias, **way)
                     found[f"{label(p)} {way}"] = call
-    return found
-
-
-def contiguous_variants(shape: Shape, x, weight, bias) -> dict:
-    """Two passes over contiguous groups: as many blocks as multiprocessors hold evenly, and what
-    the L2 is told to keep."""
-    found = {}
-    hints: list[dict] = [{}, {"STORE": ".cs"}, {"STORE": ".cs", "KEEP_TAIL": True}]
-    for lanes, vecs, slices, blocks in product(
-        (256, 512), (4, 8), (9, 17, 33, 66), (18, 33, 66, 132)
-    ):
-        elements = 16 // shape.size
-        p = Plan(2, elements, elements, 1, 1, lanes, vecs, 1, slices, blocks)
-        for hint in hints:
-            found[f"{label(p)} {hint or ''}"] = contender(shape, p, x, weight, bias, **hint)
     return found
 
 
