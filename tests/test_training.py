@@ -141,6 +141,12 @@ def test_pools_are_the_same_for_the_same_numbers(pool):
     assert replaced.tolist() == [0, 1] and not torch.equal(again.targets, pool.targets)
 
 
+def test_a_share_of_the_clips_is_rendered_with_one_ray_a_pixel():
+    rays = [plan(quick(supersample=3, rough_share=0.5), 0, n, 2).supersample for n in range(60)]
+    assert set(rays) == {1, 3} and 15 < rays.count(1) < 45
+    assert plan(quick(supersample=3), 0, 0, 2).supersample == 3
+
+
 def test_true_memory_is_what_the_ring_buffer_would_hold(pool):
     from mirage_hello.model.memory import ContextMemory
 

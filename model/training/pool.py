@@ -31,7 +31,8 @@ Encode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Plan:
-    """The clips of one refresh: seeds, style numbers, first and sink frame, camera, cuts."""
+    """The clips of one refresh: seeds, style numbers, first and sink frame, camera, cuts, and
+    rays along a pixel's side."""
 
     seeds: Tensor
     styles: Tensor
@@ -40,6 +41,7 @@ class Plan:
     fov: float
     cut_frames: int
     view: str
+    supersample: int
 
 
 def plan(config: TrainConfig, rank: int, number: int, clips: int, domain: int = 0) -> Plan:
@@ -63,6 +65,7 @@ def plan(config: TrainConfig, rank: int, number: int, clips: int, domain: int = 
         fov=0.55 * (1.1 / 0.55) ** u[0],
         cut_frames=16 if u[1] < config.cut_share else 0,
         view="camera" if u[2] < config.camera_share else "plain",
+        supersample=1 if u[3] < config.rough_share else config.supersample,
     )
 
 
@@ -84,7 +87,7 @@ def fused_on(device: torch.device) -> bool:
 def worlds_of(config: TrainConfig, planned: Plan, device: torch.device) -> Worlds:
     """The renderer of a plan."""
     world = WorldConfig(
-        config.size, config.size, config.supersample, planned.fov, planned.cut_frames,
+        config.size, config.size, planned.supersample, planned.fov, planned.cut_frames,
         config.cells,
         view=planned.view, fused=config.fused and fused_on(device), motion=False,
     )  # fmt: skip
