@@ -173,15 +173,28 @@ CHANGES = {
     "schedule": lambda of: setattr(of, "schedule", [2.0, 0.7, 0.0]),
     "weights": lambda of: of.set_deltas({WEIGHT: DELTA}, 0.5),
     "low-rank weights": lambda of: of.set_deltas({WEIGHT: (torch.ones(64, 2), torch.ones(2, 64))}),
+    "folded weights": lambda of: of.set_deltas(FOLDED, 0.3),
 }
-WEIGHT = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0.weight"
+MIDDLE = "unet.mid_block.attentions.0"
+BLOCK = f"{MIDDLE}.transformer_blocks.0"
+WEIGHT = f"{BLOCK}.attn1.to_out.0.weight"
 DELTA = torch.linspace(-1, 1, 64 * 64).view(64, 64)
+FOLDED = {  # into others: the prompt's matrices, LayerNorm's weights, the merged last products
+    f"{BLOCK}.attn2.to_q.weight": DELTA,
+    f"{BLOCK}.attn2.to_out.0.weight": DELTA.T,
+    f"{BLOCK}.norm3.weight": DELTA[-1],
+    f"{BLOCK}.ff.net.2.weight": DELTA.repeat(1, 4),
+    f"{MIDDLE}.proj_out.weight": DELTA[:, :, None, None],
+    "unet.conv_out.weight": torch.ones(4, 32, 3, 3),
+}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_between_two_frames_equals_a_fresh_plan(device, change: str) -> None:
+def test_a_change_between_two_frames_equals_a_fresh_plan(device, change: str, dtype) -> None:
     def make() -> FrameStream:
-        return planned(device, steps=2, guidance=2.0 if change == "guidance" else None)
+        guidance = 2.0 if change == "guidance" else None
+        return planned(device, steps=2, guidance=guidance, dtype=dtype)
 
     frames = clip(3)
     plain, live, fresh = make(), make(), make()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_plan import planned
+from test_plan import CHANGES, planned
 from test_stream import clip, run
 
 from mirage_hello.kernels import linear_sm90a, prompt_attention, row_sums
@@ -110,22 +110,22 @@ def test_widths_are_those_of_tiles() -> None:
         linear_sm90a.softmaxed(torch.zeros(8, 64).bfloat16(), weight, columns, 16, 1e-5)
 
 
-def test_a_prompt_changes_between_two_frames() -> None:
-    """Folded prompts of a stream of emulated kernels: in place, equal to a fresh plan's."""
+@pytest.mark.parametrize("change", ["prompt", "folded weights", "strength"])
+def test_a_change_between_two_frames_of_emulated_kernels(change: str) -> None:
+    """Everything that is made of other weights follows them in place: equal to a fresh plan's."""
     policy = ("ptx-emulated", "torch")
     frames = clip(2, 16, 16)
 
     def make():
         return planned(dtype=torch.bfloat16, policy=policy)
 
-    prompt = torch.linspace(-1, 1, 3 * 24).view(3, 24)
     live, fresh = make(), make()
-    fresh.set_context(prompt)
+    CHANGES[change](fresh)
     expected = run(fresh, frames)
     first = run(live, frames)
     plan = live.plan
     assert any("softmax" in launch.name for launch in plan.launches)
-    live.set_context(prompt)
+    CHANGES[change](live)
     live.reset()
     assert np.array_equal(run(live, frames), expected) and live.plan is plan
     assert not np.array_equal(first, expected)
