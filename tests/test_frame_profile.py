@@ -3,7 +3,7 @@
 import pytest
 
 from mirage_hello.bench import frame_profile
-from mirage_hello.tools import waterfall
+from mirage_hello.tools import growth, waterfall
 
 
 def events() -> list[dict]:
@@ -47,3 +47,22 @@ def test_the_waterfall_ends_at_the_frame():
     assert [axis.get_title(loc="left") for axis in figure.axes] == [
         "before: 50 us on the device", "after: 50 us on the device",
     ]  # fmt: skip
+
+
+def test_growth_takes_what_was_measured():
+    def took(ms: float) -> dict:
+        return {"frame_us": {"p50": 1e3 * ms}}
+
+    sizes = {
+        "parameters": 10, "512x512": took(2.5), "1024x576": took(6.0), "512x512 guidance": took(4),
+        "512x512 2 steps": took(4.7),
+    }  # fmt: skip
+    named = {name: value for name, value in sizes.items() if name != "parameters"}
+    assert growth.by_pixels(named, guidance=False) == [(0.262144, 2.5), (0.589824, 6.0)]
+    assert growth.by_pixels(named, guidance=True) == [(0.262144, 4)]
+    assert growth.by_steps(named) == [(1, 2.5), (2, 4.7)]
+    batch = {"8": {"auto": 1000.0, "torch": 4000.0}, "1": {"auto": 500.0, "torch": 1000.0}}
+    assert growth.by_batch(batch, "auto") == [(0.5, 2000.0), (1.0, 8000.0)]
+    figure = growth.growth({"sizes": sizes, "batch": batch})
+    assert [len(axis.lines) for axis in figure.axes] == [2, 1, 2]
+    assert [len(axis.lines) for axis in growth.growth({}).axes] == [0, 0, 0]
