@@ -25,6 +25,7 @@ SECTOR_BYTES = 32  # rows of a slab start and end with whole ones
 ROW_BYTES = 128  # and are at least this long, where the groups allow
 MAX_VECS = 8
 SMEM_BYTES = 228 * 1024  # of a multiprocessor
+MOST_TOGETHER = 4  # more come in several waves, which even out
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ def group_norm_apply(
 def choose_cut(images: int, pixels: int, groups: int, group_bytes: int) -> Cut:
     """Slabs of whole sectors, three blocks a multiprocessor where there is enough to do.
 
-    A block merges the sums of its groups only, while its pixels arrive: narrow slabs are cheap.
+    A block merges the sums of its groups only, while its pixels arrive: narrow slabs are cheap. A
+    multiprocessor holds no more blocks than its share: those that start under the kernel before
+    crowd where it leaves room, eight on one while others wait (640 @32: 2.58 us, 2.04 with 3).
     """
     fit = [g for g in range(1, groups + 1) if groups % g == 0 and g * group_bytes % 16 == 0]
     if not fit:
@@ -112,8 +115,11 @@ def choose_cut(images: int, pixels: int, groups: int, group_bytes: int) -> Cut:
     vectors = images * pixels * columns * (groups // slab_groups)
     threads = 256 if vectors >= 256 * MULTIPROCESSORS else 128
     threads = max(threads, -(-columns // 32) * 32)
-    vecs = -(-vectors // (threads * 3 * MULTIPROCESSORS))
-    return Cut(slab_groups, threads, min(MAX_VECS, vecs))
+    vecs = min(MAX_VECS, -(-vectors // (threads * 3 * MULTIPROCESSORS)))
+    chunk = threads // columns * vecs
+    blocks = images * -(-pixels // chunk) * (groups // slab_groups)
+    together = max(2, -(-blocks // MULTIPROCESSORS))
+    return Cut(slab_groups, threads, vecs, together if together <= MOST_TOGETHER else 0)
 
 
 def _program(
