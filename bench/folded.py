@@ -151,7 +151,7 @@ def case(
         name=f"{tokens}x{width}x{out}",
         make=make,
         flops=2 * tokens * products,
-        elements=tokens * width * (2 if behind else 1) + products + out + 3 * width
+        elements=tokens * width * (2 if behind else 1) + products + out + (3 if behind else 2) * width
         + tokens * written,
         peers=peers,
         weights=tuple(range(2, 10)) if behind else (1, 2, 3, 4, 5, 6),
