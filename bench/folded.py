@@ -146,13 +146,13 @@ def case(
     behind = op.startswith("residual")
     written = out // 2 if op.endswith("geglu") else out
     products = width * (out + (width if behind else 0))
+    vectors = out + (3 if behind else 2) * width  # biases, gamma and beta
     return Case(
         op=op,
         name=f"{tokens}x{width}x{out}",
         make=make,
         flops=2 * tokens * products,
-        elements=tokens * width * (2 if behind else 1) + products + out + (3 if behind else 2) * width
-        + tokens * written,
+        elements=tokens * (width * (2 if behind else 1) + written) + products + vectors,
         peers=peers,
         weights=tuple(range(2, 10)) if behind else (1, 2, 3, 4, 5, 6),
         quick=quick,
