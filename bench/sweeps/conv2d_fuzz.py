@@ -72,7 +72,7 @@ def draw(rng: random.Random, kind: Kind) -> dict[str, Any]:
     up, pad = 2 if upsample else 1, (window // 2, window // 2)
     if not upsample:  # as far as a window fits, and up to one that sees nothing but zeros
         least = max(0, -(-(window - min(h, w)) // 2))
-        pad = tuple(rng.randint(least, window - 1) for _ in range(2))
+        pad = rng.randint(least, window - 1), rng.randint(least, window - 1)
     p, q = ((up * n + sum(sides(pad)) - window) // stride + 1 for n in (h, w))
     size, mean = (c + extra, window, window), rng.choice((0.0, 0.0, 100.0))
     x = image(b, c, h, w, dtype=dtype)
