@@ -1,4 +1,4 @@
-"""The calls of one step of the model that ask for tiles, recorded as they are made.
+"""The calls of one step and one frame of the model that ask for tiles, recorded as they are made.
 
 A step runs once, op by op, with every function that has tiles wrapped: in the registry, and where
 layers call it by name. What it is called with is copied, once for each key that it asks.
@@ -13,6 +13,7 @@ import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from mirage_hello.kernels import (
     use,
 )
 from mirage_hello.kernels.parity import Parity, judge
-from mirage_hello.model import fp8
+from mirage_hello.model import FrameStream, fp8
 
 from . import model
 from .rows import Options
@@ -45,9 +46,12 @@ def model_calls(options: Options) -> list[Called]:
             unet(*inputs)
         names = {layer: name for name, layer in unet.named_modules()}
         biases, keys = unet.noise_biases(*inputs[1::2]), unet.context_keys(inputs[2], lasting=True)
+        stream = FrameStream(*models.plain, graph=False)
+        frame = np.zeros((*options.size, 3), np.uint8)
+        stream.push_eagerly(frame)
         with recorded() as calls:
             unet(*inputs)
-            unet(inputs[0], biases, keys)  # as a stream runs it
+            stream.push_eagerly(frame)  # prepared conditions, the autoencoder
             fp8.use(unet, {names[layer]: float(m) / fp8.LARGEST for layer, m in maxima.items()})
             unet(inputs[0], biases, keys)
             fp8.use(unet, {})
