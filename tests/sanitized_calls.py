@@ -30,6 +30,7 @@ from mirage_hello.kernels import (
     linear_sm90a,
     ops,
     product_sm80,
+    prompt_attention,
 )
 
 BF16 = torch.bfloat16
@@ -206,13 +207,17 @@ def given_sums() -> Iterator[SanitizedCall]:
 
 
 def folded_linear() -> Iterator[SanitizedCall]:
-    """layer_norm in the product, and e4m3 products."""
+    """layer_norm in the product, a softmax in its epilogue, and e4m3 products."""
     x, weight = draw(300, 640) + 1, draw(176, 640, scale=0.04)
     folded = layer_norm_linear.fold(draw(640), draw(640), weight, draw(176))
     run, truth = layer_norm_linear.layer_norm_linear, layer_norm_linear.layer_norm_linear_torch
     yield SanitizedCall("layer_norm linear", run, truth, (x, folded, draw(300, 176)))
     run, truth = layer_norm_linear.layer_norm_geglu, layer_norm_linear.layer_norm_geglu_torch
     yield SanitizedCall("layer_norm geglu", run, truth, (x, folded))
+    weights = draw(640), draw(640), draw(640, 640, scale=0.04), draw(77, 1280)
+    prompt = prompt_attention.fold(*weights, draw(640, 640, scale=0.04), heads=8)
+    run, truth = prompt_attention.probabilities, prompt_attention.probabilities_torch
+    yield SanitizedCall("prompt's softmax", run, truth, (x, prompt, 1e-5))
     packed = linear_fp8.pack(weight, linear_fp8.calibrate([x]), draw(176))
     q, truth = linear_fp8.quantize(x, packed.x_scale), linear_fp8.linear_fp8_torch
     yield SanitizedCall("e4m3", linear_fp8.linear_fp8, truth, (q, packed, draw(300, 176)))
