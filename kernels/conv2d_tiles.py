@@ -9,7 +9,10 @@ SMEM_BYTES = {1: 232448, 2: 115712}  # a block may have, by blocks on a multipro
 # Clusters resident at once on an H200, one block a multiprocessor (cuOccupancyMaxActiveClusters):
 # not 132 / size, because a cluster stays inside a GPC.
 RESIDENT = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
-MAX_STAGES = 12
+# By warpgroups that multiply. One has narrow tiles, which wait for weights: behind a GroupNorm, cold
+# weights, 1280 channels at 8x8 take 18.5, 15.8, 13.9 and 12.0 us with 4, 6, 8 and 12 stages; two,
+# at 64x64, the same from 6 stages on.
+MAX_STAGES = {1: 20, 2: 12, 3: 12}
 MULTIPROCESSORS = 132
 # Of the estimate, in clocks of an H200; fitted to 200 measured tiles (7 % mean error).
 PRODUCTS = 1.07  # products against the peak rate of 4096 FLOP a clock
@@ -26,7 +29,7 @@ class Tile:
 
     blocks_per_sm: 2 lets one block's epilogue run under the other's products.
     patch: convolution of stride 1: the input under a tile is loaded once for all taps.
-    stages: K blocks in flight; None: as many as the shared memory holds, at most 12.
+    stages: K blocks in flight; None: as many as the shared memory holds, at most MAX_STAGES.
     persistent: one block a multiprocessor takes several tiles, and loads the next one while it
         stores; split must be 1.
     patches: in flight; 3 where a norm rewrites them, so that the load, the norm and the products
@@ -98,15 +101,16 @@ class Tile:
         return sum(parts) if self.persistent else max(parts)
 
     def room(self, r: int = 1, s: int = 1, table_bytes: int = 0) -> int:
-        """Stages that fit beside a table, at most 12."""
-        room = SMEM_BYTES[self.blocks_per_sm] - 8 - 16 * MAX_STAGES - 32 * self.patch_stages
+        """Stages that fit beside a table, at most MAX_STAGES."""
+        most = MAX_STAGES[self.warpgroups]
+        room = SMEM_BYTES[self.blocks_per_sm] - 8 - 16 * most - 32 * self.patch_stages
         room -= 4 * self.block_m + table_bytes
-        fits = [n for n in range(1, MAX_STAGES + 1) if self.barriers_at(n, r, s) <= room]
+        fits = [n for n in range(1, most + 1) if self.barriers_at(n, r, s) <= room]
         return max(fits, default=0)
 
     def most_stages(self, share: int, r: int = 1, s: int = 1, table_bytes: int = 0) -> int:
         """Of those that fit, no more than the K blocks of a block of the cluster; 0: none fit."""
-        most = MAX_STAGES if self.persistent else max(share, 2)
+        most = MAX_STAGES[self.warpgroups] if self.persistent else max(share, 2)
         return min(self.room(r, s, table_bytes), most)
 
     def fitted(self, share: int, r: int = 1, s: int = 1, table_bytes: int = 0) -> "Tile":

@@ -25,7 +25,7 @@ SECTOR_BYTES = 32  # rows of a slab start and end with whole ones
 ROW_BYTES = 128  # and are at least this long, where the groups allow
 MAX_VECS = 8
 SMEM_BYTES = 228 * 1024  # of a multiprocessor
-MOST_TOGETHER = 4  # more come in several waves, which even out
+MOST_TOGETHER = 4  # more come in several waves anyway, which even out
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def choose_cut(images: int, pixels: int, groups: int, group_bytes: int) -> Cut:
 
     A block merges the sums of its groups only, while its pixels arrive: narrow slabs are cheap. A
     multiprocessor holds no more blocks than its share: those that start under the kernel before
-    crowd where it leaves room, eight on one while others wait (640 @32: 2.58 us, 2.04 with 3).
+    crowd where it leaves room, eight on one while others wait (640 @32: 2.58 us, 2.04 with 3). Few
+    small ones leave the shared memory to the convolution behind them, which loads weights early.
     """
     fit = [g for g in range(1, groups + 1) if groups % g == 0 and g * group_bytes % 16 == 0]
     if not fit:
@@ -118,8 +119,9 @@ def choose_cut(images: int, pixels: int, groups: int, group_bytes: int) -> Cut:
     vecs = min(MAX_VECS, -(-vectors // (threads * 3 * MULTIPROCESSORS)))
     chunk = threads // columns * vecs
     blocks = images * -(-pixels // chunk) * (groups // slab_groups)
-    together = max(2, -(-blocks // MULTIPROCESSORS))
-    return Cut(slab_groups, threads, vecs, together if together <= MOST_TOGETHER else 0)
+    share = max(2, -(-blocks // MULTIPROCESSORS))
+    capped = threads >= 256 and share <= MOST_TOGETHER
+    return Cut(slab_groups, threads, vecs, share if capped else 0)
 
 
 def _program(

@@ -121,6 +121,17 @@ def test_every_candidate_fits_the_shared_memory():
             assert fitted.layout(window, window)[1] <= SMEM_BYTES[tile.blocks_per_sm], tile
 
 
+def test_narrow_tiles_have_deep_rings():
+    """One warpgroup waits for weights; rings that go round, and one longer than its K blocks."""
+    tile = Tile(1, 64, 5, patch=True).fitted(36, 3, 3)
+    assert tile.stages == 20 and tile.layout(3, 3)[1] <= SMEM_BYTES[1]
+    assert Tile(2, 80, patch=True).fitted(45, 3, 3).stages == 12
+    for split, channels in ((1, 200), (2, 264)):
+        narrow = Tile(1, 32, split, patch=True)
+        result = in_parity(inputs(1, channels, 9, 10, 40), narrow)
+        assert result.passed, str(result)
+
+
 def test_stages_that_do_not_fit_are_an_error():
     with pytest.raises(ValueError, match="a block may have 232448 bytes of shared memory"):
         Tile(2, 160, patch=True, stages=12).fitted(45, 3, 3)
