@@ -30,7 +30,7 @@ from mirage_hello.kernels.group_norm_apply import Cut, choose_cut, group_norm_ap
 
 LIMIT_S = 60
 COLD_BYTES = 128 * 2**20  # of weights in turn: twice the L2
-TILES, STAGES = 6, (4, 6, 8)
+TILES, STAGES = 6, (8, 12, 16)
 WIDTHS = range(32, 168, 8)
 # name: channels of x and of the skip, outputs, edge, window
 CASES = {
