@@ -49,6 +49,14 @@ def test_the_waterfall_ends_at_the_frame():
     ]  # fmt: skip
 
 
+def test_a_waterfall_takes_a_sweep_or_a_run():
+    profile = {"families": {}}
+    assert waterfall.profiles([{"variant": "fp8", "profile": profile}]) == {"fp8": profile}
+    device = {"ours": profile, "torch-compile": profile, "idle_share": 0.0}
+    run = {"rows": [{"op": "silu"}, {"op": "frame", "device": device}]}
+    assert waterfall.profiles(run) == {"ours": profile, "torch-compile": profile}
+
+
 def test_growth_takes_what_was_measured():
     def took(ms: float) -> dict:
         return {"frame_us": {"p50": 1e3 * ms}}

@@ -1,8 +1,9 @@
 """Where the microseconds of a frame go, per kernel family, from left to right up to the frame.
 
-    python -P tools/waterfall.py frame.json docs/plots/frame-waterfall.png
+    python -P tools/waterfall.py frame.json [...] docs/plots/frame-waterfall.png
 
-frame.json is of bench/sweeps/frame.py: one profile for each variant, in the order measured.
+A source is of bench/sweeps/frame.py, with a profile for each variant, or a run of `mirage bench`,
+whose frame row has one of ours and one of torch.compile.
 """
 
 from __future__ import annotations
@@ -67,12 +68,21 @@ def waterfall(profiles: dict[str, dict[str, Any]], floor_us: float = FLOOR_US) -
     return figure
 
 
+def profiles(measured: Any) -> dict[str, dict[str, Any]]:
+    """Name -> profile of what a source holds."""
+    if isinstance(measured, list):
+        return {variant["variant"]: variant["profile"] for variant in measured}
+    rows = [row["device"] for row in measured["rows"] if "device" in row]
+    return {name: found for row in rows for name, found in row.items() if isinstance(found, dict)}
+
+
 def main() -> int:
-    source, out = sys.argv[1:]
-    with open(source, encoding="utf-8") as file:
-        measured = json.load(file)
-    figure = waterfall({m["variant"]: m["profile"] for m in measured})
-    figure.savefig(out, dpi=150)
+    *sources, out = sys.argv[1:]
+    found: dict[str, dict[str, Any]] = {}
+    for source in sources:
+        with open(source, encoding="utf-8") as file:
+            found |= profiles(json.load(file))
+    waterfall(found).savefig(out, dpi=150)
     return 0
 
 
