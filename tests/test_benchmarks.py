@@ -13,10 +13,10 @@ from mirage_hello.bench import (
     diffusers_peers,
     eight_bit,
     folded,
-    frames,
     peers,
     worker,
 )
+from mirage_hello.bench import clip as clips
 from mirage_hello.bench.case import PEERS
 from mirage_hello.bench.rows import INTERPRETED, Options, left_out, op_named, prepare
 from mirage_hello.kernels import conv2d_fused, ops
@@ -111,24 +111,24 @@ def test_the_ways_with_sums_compute_the_same(name, way, monkeypatch):
 class TestModelRows:
     def test_a_clip_plays_to_and_fro(self):
         clip = np.arange(4)
-        assert [*frames.played(clip, 0, 9)] == [0, 1, 2, 3, 2, 1, 0, 1, 2]
-        assert [*frames.played(clip, 3, 3)] == [3, 2, 1]
-        assert [*frames.played(clip[:1], 0, 3)] == [0, 0, 0]
+        assert [*clips.played(clip, 0, 9)] == [0, 1, 2, 3, 2, 1, 0, 1, 2]
+        assert [*clips.played(clip, 3, 3)] == [3, 2, 1]
+        assert [*clips.played(clip[:1], 0, 3)] == [0, 0, 0]
 
     def test_the_shipped_clip_is_read_at_the_size_asked_for(self):
-        clip, name = frames.read_clip(Options(size=(64, 96), frames=12))
+        clip, name = clips.read_clip(Options(size=(64, 96), frames=12))
         assert clip.shape == (12, 64, 96, 3) and clip.dtype == np.uint8 and "12 frames" in name
 
     def test_without_a_video_reader_a_clip_is_drawn(self, monkeypatch):
-        monkeypatch.setattr(frames.importlib.util, "find_spec", lambda name: None)
-        clip, name = frames.read_clip(Options(size=(32, 48), frames=5))
+        monkeypatch.setattr(clips.importlib.util, "find_spec", lambda name: None)
+        clip, name = clips.read_clip(Options(size=(32, 48), frames=5))
         assert clip.shape == (5, 32, 48, 3) and name == "drawn pattern, 5 frames"
         assert (clip[0] != clip[1]).mean() > 0.5
 
     def test_a_clip_of_another_size_is_refused(self, tmp_path):
         np.save(tmp_path / "clip.npy", np.zeros((2, 8, 8, 3), np.uint8))
         with pytest.raises(ValueError, match="expected"):
-            frames.read_clip(Options(clip=str(tmp_path / "clip.npy"), size=(64, 64)))
+            clips.read_clip(Options(clip=str(tmp_path / "clip.npy"), size=(64, 64)))
 
     @pytest.mark.parametrize(
         "copies, only_the_frame",

@@ -33,11 +33,10 @@ def layer_norm_kernel(
     rows = rows.to(tl.int64)[:, None]
     value = tl.load(x + rows * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     first = tl.load(x + rows * x_stride, mask=rows < M, other=0.0).to(tl.float32)
-    # Reduce: the mean as two floats, so that a value is rounded once on its way to the difference
-    mean = (tl.sum(tl.where(inside[None, :], value - first, 0.0), 1) / K)[:, None]
-    high = first + mean
-    low = (first - high) + mean
-    centred = tl.where(inside[None, :], (value - high) - low, 0.0)
+    # Reduce; then what rounding left of the mean is taken off, too
+    value = tl.where(inside[None, :], value - first, 0.0)
+    centred = tl.where(inside[None, :], value - (tl.sum(value, 1) / K)[:, None], 0.0)
+    centred = tl.where(inside[None, :], centred - (tl.sum(centred, 1) / K)[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / K
     # Compute
     value = centred * (1.0 / tl.sqrt_rn(variance + eps))[:, None]
