@@ -37,10 +37,10 @@ class TrainConfig:
     cells: int = 14  # how far the renderer's rays go, in cells of 10 units
     camera_share: float = 0.2  # clips whose input view looks like a camera's
     cut_share: float = 0.25  # clips with scene cuts inside
-    pool_clips: int = 160  # latents of this many clips stay on the device
+    pool_clips: int = 1024  # latents of this many clips stay on the device
     clip_frames: int = 40
-    refresh_clips: int = 16  # so many new clips, of one style, ...
-    refresh_every: int = 120  # ... every so many steps
+    refresh_clips: int = 32  # so many new clips, of one style, ...
+    refresh_every: int = 30  # ... every so many steps: what is seen often is learnt by heart
     autoencoder_refresh_every: int = 8
     # Lengths.
     autoencoder_steps: int = 15000
@@ -53,7 +53,7 @@ class TrainConfig:
     autoencoder_lr: float = 1.5e-3
     equivariance: float = 0.25  # weight of the latents' drift where a frame moves
     batch: int = 128
-    lr: float = 5e-4
+    lr: float = 6e-4
     distill_lr: float = 1e-4
     warmup: int = 200
     weight_decay: float = 1e-2
@@ -65,19 +65,19 @@ class TrainConfig:
     graphs: bool = True  # on CUDA, one process: each step is one CUDA graph
     # History (video-model notes): all three of noise, own roll-outs, corruptions; and dropout.
     history: bool = True  # False: memory always empty, the ablation that must flicker
-    history_noise: float = 0.35  # largest sigma added to the memory
+    history_noise: float = 0.2  # largest sigma added to the memory
     clean_share: float = 0.15  # memories with no noise at all
     history_dropout: float = 0.1
     tint: float = 0.5  # share of memories and targets in colours that only the memory can tell
-    corruption: float = 0.5  # share of memories that get drift-like corruptions
-    error_bank: float = 0.5  # share of memories that get errors of earlier roll-outs
+    corruption: float = 0.25  # share of memories that get drift-like corruptions
+    error_bank: float = 0.25  # share of memories that get errors of earlier roll-outs
     bank_size: int = 512
     live_share: float = 0.5  # of the batch: streams that go on from their own outputs
     rollouts: tuple[int, ...] = (1, 4, 8, 16, 36)  # longest stream, over the course of the stage
     # Noise of the frame that is predicted.
     sigma_mean: float = -0.4
     sigma_deviation: float = 1.2
-    start_share: float = 0.3  # samples at the sampler's start: pure noise at sigma_max
+    start_share: float = 0.5  # samples at the sampler's start: pure noise at sigma_max
     teacher_steps: int = 8
     truth_weight: float = 0.5  # of the true frame beside the teacher's, in distillation
     # Running.
