@@ -103,7 +103,8 @@ class Plan:
 
         Blocks that start early take multiprocessors that are free, two to one of them while others
         have none, and are slow then: 320 @64, 64 blocks, 5.68 us early, 3.97 late, 4.57 without
-        overlap. Where blocks come in several waves early is a little better.
+        overlap. Where blocks come in several waves early is a little better. All of this is the
+        kernel behind itself; before a convolution late seems to cost (docs/group-norm.md, Speed).
         """
         blocks = shape.images * shape.groups // self.slab_groups * self.cluster
         return "late" if self.cluster > 1 and blocks <= shape.multiprocessors else "early"
