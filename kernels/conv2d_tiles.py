@@ -11,7 +11,8 @@ SMEM_BYTES = {1: 232448, 2: 115712}  # a block may have, by blocks on a multipro
 RESIDENT = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
 # By warpgroups that multiply. One has narrow tiles, which wait for weights: behind a GroupNorm with
 # cold weights, 1280 channels at 8x8 take 18.5, 15.8, 13.9 and 12.0 us with 4, 6, 8 and 12 stages;
-# two, at 64x64, the same from 6 stages on.
+# two, at 64x64, the same from 6 stages on. 20 did not go on so but for e4m3 at 8x8: 12 and 20 are
+# to be timed side by side (docs/convolution.md, "What the last run changed").
 MAX_STAGES = {1: 20, 2: 12, 3: 12}
 MULTIPROCESSORS = 132
 # Of the estimate, in clocks of an H200; fitted to 200 measured tiles (7 % mean error).
