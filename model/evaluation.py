@@ -27,6 +27,7 @@ from mirage_hello.model.data.styles import STYLES
 from mirage_hello.model.data.worlds import Shot, WorldConfig, Worlds
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.drift import Curves, by_seed, excerpt, summary
+from mirage_hello.model.memory_probe import memory_db
 from mirage_hello.model.rollout import Rollout, quantised
 
 AWAY = 70  # frames of the persistence walk before it turns back
@@ -307,6 +308,9 @@ def evaluate(
         for i, values in zip(full, evaluation.persistence(chosen), strict=True):
             means = by_seed(torch.tensor(values), config.seeds)
             results[i]["persistence"] = metrics.interval(means).as_dict()
+        say("memory")
+        for i, quality in zip(full, memory_db(evaluation, chosen), strict=True):
+            results[i]["memory_db"] = quality
     # The long run last: it is the part that a limit of time may shorten.
     runs = evaluation.long_run(candidates, keep, say)
     for candidate, curves, found in zip(candidates, runs, results, strict=True):

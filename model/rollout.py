@@ -77,6 +77,12 @@ class Rollout:
         self.memory.push(self.autoencoder.encode(frames.to(self.device, self.dtype)))
 
     @torch.no_grad()
+    def correct(self, frames: Tensor) -> None:
+        """Put true frames [B, 3, H, W] in the place of the last outputs in the memory."""
+        latents = self.autoencoder.encode(frames.to(self.device, self.dtype))
+        self.memory.history[:, : latents.shape[1]].copy_(latents)
+
+    @torch.no_grad()
     def push(self, views: Tensor) -> Tensor:
         """The output frames for input views: float [B, 3, H, W] in [-1, 1], both; not clamped."""
         self.views.copy_(views)

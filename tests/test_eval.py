@@ -8,9 +8,10 @@ import pytest
 import torch
 from training_driver import add_minute_model
 
-from mirage_hello.model import checkpoint, metrics
+from mirage_hello.model import checkpoint, memory_probe, metrics
 from mirage_hello.model import evaluation as ev
 from mirage_hello.model.presets import PRESETS, build
+from mirage_hello.model.rollout import Rollout
 from mirage_hello.tools import cli, eval_page
 from mirage_hello.tools.eval import requirements
 from mirage_hello.tools.eval_strips import png
@@ -216,6 +217,56 @@ def test_cut_recovery_of_a_slow_model(monkeypatch):
     assert recoveries and all(4 <= r <= 6 for r in recoveries)
 
 
+def test_memory_of_a_copier_a_forgetter_and_one_that_fades(monkeypatch):
+    """Oracles: what each rollout answers from the truth and from what its memory holds."""
+    monkeypatch.setattr(memory_probe, "FRAMES", 5)
+    evaluation = oracle_evaluation(monkeypatch, lambda truth, n: truth)
+
+    class Fading:
+        """Draws the truth with an error that grows by every frame of its own in the memory."""
+
+        def __init__(self, candidate):
+            self.remember, self.error = candidate.remember, 0.0
+
+        def remember_true(self, frames):
+            self.error = 0.0
+
+        correct = remember_true
+
+        def push(self, views):
+            self.error = self.error + 0.02 if self.remember else 0.2
+            return evaluation.truth_now + self.error
+
+    shot = evaluation.shot
+
+    def watched(*arguments):
+        found = shot(*arguments)
+        found.target.mul_(0.5)  # room for errors without clipping
+        evaluation.truth_now = found.target
+        return found
+
+    monkeypatch.setattr(evaluation, "shot", watched)
+    monkeypatch.setattr(evaluation, "rollout", lambda candidate, seed=0: Fading(candidate))
+    (found,) = memory_probe.memory_db(evaluation, [CANDIDATE])
+    expected = {"true": 0.02, "own": 0.1, "none": 0.2}
+    for name, error in expected.items():
+        assert found[name] == pytest.approx(20 * math.log10(2 / error), abs=1.0)
+
+
+def test_a_corrected_memory_holds_the_truth():
+    add_minute_model()
+    denoiser, autoencoder = build("minute")
+    rollout = Rollout(denoiser, autoencoder, [0], 16, 16, steps=1)
+    truth = torch.rand(1, 3, 16, 16) * 2 - 1
+    rollout.remember_true(truth)
+    rollout.push(-truth)
+    sink = rollout.memory.sink.clone()
+    rollout.correct(truth)
+    newest, before = rollout.memory.history[:, :4], rollout.memory.history[:, 4:8]
+    assert torch.equal(newest, before) and torch.equal(rollout.memory.sink, sink)
+    PRESETS.pop("minute")
+
+
 def test_unknown_style_is_named():
     with pytest.raises(ValueError, match="unknown style 'oil'; known: neon_city"):
         ev.Evaluation(ev.EvalConfig(styles=("oil",)), torch.device("cpu"))
@@ -249,8 +300,8 @@ def test_eval_writes_results_pictures_and_a_page(tmp_path, minute_checkpoint, mo
     assert list(result["models"]) == ["1-step", "2-step", "teacher-3-step"]
     assert list(result["ablations"]) == ["no-history", "no-augmentation"]
     model = result["models"]["2-step"]
-    assert {"steps", "frames", "seeds", "psnr_slope_db_per_1000", "contrast", "warp_error",
-            "cut_recovery_frames", "persistence", "collapsed"} <= set(model)  # fmt: skip
+    wanted = {"steps", "frames", "seeds", "psnr_slope_db_per_1000", "contrast", "warp_error"}
+    assert wanted | {"cut_recovery_frames", "persistence", "memory_db", "collapsed"} <= set(model)
     assert model["psnr_slope_db_per_1000"]["low"] <= model["psnr_slope_db_per_1000"]["high"]
     assert 0 < model["ceiling_db"] < 60
     for file in model["strips"].values():

@@ -100,7 +100,7 @@ def page_text(result: dict[str, Any], plot: str) -> str:
             f"<td>{html.escape(item['value'])}</td></tr>"
         )
     heads = ("model", "steps", "PSNR (dB)", "SSIM", "slope (dB / 1000)", "warp error",
-             "cut recovery (frames)", "persistence")  # fmt: skip
+             "cut recovery (frames)", "persistence", "true / own / no memory (dB)")  # fmt: skip
     parts.append("</table><h2>Numbers</h2><table><tr><th>" + "<th>".join(heads) + "</tr>")
     everything = {**result["models"], **result["ablations"]}
     parts += [row(name, model) for name, model in everything.items()]
@@ -128,10 +128,12 @@ def row(name: str, model: dict[str, Any]) -> str:
         return f"{text} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
     warp, cut = model["warp_error"], model.get("cut_recovery_frames")
+    db = model.get("memory_db")
+    memory = " / ".join(f"{db[k]:.1f}" for k in ("true", "own", "none")) if db else "-"
     cells = [
         html.escape(name), str(model["steps"]), ranged("psnr_db", 2), ranged("ssim", 3),
         ranged("psnr_slope_db_per_1000", 3), f"{warp['output']:.4f} (truth {warp['truth']:.4f})",
         "-" if cut is None or cut["mean"] is None else f"{cut['mean']:.1f}",
-        ranged("persistence", 3),
+        ranged("persistence", 3), memory,
     ]  # fmt: skip
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
