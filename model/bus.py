@@ -93,12 +93,10 @@ class Bus:
             _copy(self._frame_in[0], frame)
             return None
         slot, source = self._free[-1], self._free[-1].host_in
-        if not isinstance(frame, Tensor):
-            _copy(source[0], frame)
-        elif self._frame_in.is_cuda and frame.is_pinned() and frame.is_contiguous():
+        if isinstance(frame, Tensor) and frame.is_pinned() and frame.is_contiguous():
             slot.lent_in = source = frame[None]
         else:
-            source[0].copy_(frame)
+            _copy(source[0], frame)
         if not self._under_way:
             self._frame_in.copy_(source, non_blocking=True)
             return slot
@@ -143,10 +141,12 @@ class Bus:
         return result if issubclass(kind, Tensor) else result.numpy()
 
 
-def _copy(memory: Tensor, frame: np.ndarray) -> None:
+def _copy(memory: Tensor, frame: np.ndarray | Tensor) -> None:
     """By torch's threads where it can see the array: on an H200's host 20 us with four of them
     instead of NumPy's 67 for 0.8 MB (`bench/sweeps/frame_host.py`)."""
-    if frame.flags.writeable and min(frame.strides) >= 0:
+    if isinstance(frame, Tensor):
+        memory.copy_(frame)
+    elif frame.flags.writeable and min(frame.strides) >= 0:
         memory.copy_(torch.from_numpy(frame))
     else:  # read-only and mirrored arrays
         np.copyto(memory.numpy(), frame)
