@@ -283,6 +283,40 @@ def test_other_dice_change_the_truth_and_not_the_view():
 # The command
 
 
+def check_parts(result, path, capsys):
+    """The result's halves, joined, are the result again; what cannot be joined is said."""
+    parts = []
+    for name, other in (("models", "ablations"), ("ablations", "models")):
+        parts.append(path.with_name(f"{name}.json"))
+        parts[-1].write_text(json.dumps({**result, other: {}}))
+    out = ["--name", "joined", "--out", str(path.parent)]
+    assert cli.main(["eval", "--join", *map(str, parts), *out]) == 1
+    joined = json.loads(path.with_name("joined.json").read_text())
+    for key in ("models", "ablations", "requirements", "size"):
+        assert joined[key] == result[key]
+    path.with_name("other.json").write_text(json.dumps({**result, "size": 512}))
+    for second, words in (
+        (path, "1-step is in"), (path.with_name("other.json"), "size 512"),
+        (path.with_name("none.json"), "cannot be read"),
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert cli.main(["eval", "--join", str(path), str(second), *out]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_part_of_the_candidates(tmp_path, minute_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(ev, "AWAY", 2)
+    monkeypatch.setattr(ev, "EARLY", 1)
+    arguments = ["eval", "--checkpoint", str(minute_checkpoint), "--frames", "6", "--seeds", "1",
+                 "--styles", "clay", "--size", "16", "--supersample", "1", "--device", "cpu",
+                 "--cut-frames", "3", "--out", str(tmp_path)]  # fmt: skip
+    assert cli.main([*arguments, "--only", "no-history"]) == 0  # nothing is required of it alone
+    result = json.loads((tmp_path / "tiny.json").read_text())
+    assert not result["models"] and list(result["ablations"]) == ["no-history"]
+    assert cli.main([*arguments, "--only", "3-step"]) == 2
+    assert "unknown candidate '3-step'; known: 2-step, no-history" in capsys.readouterr().err
+
+
 def test_eval_writes_results_pictures_and_a_page(tmp_path, minute_checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(ev, "AWAY", 2)
     monkeypatch.setattr(ev, "EARLY", 1)
@@ -297,6 +331,7 @@ def test_eval_writes_results_pictures_and_a_page(tmp_path, minute_checkpoint, mo
     assert "FAIL" in capsys.readouterr().out
     path = tmp_path / "eval" / "minute.json"
     result = json.loads(path.read_text())
+    check_parts(result, path, capsys)
     assert list(result["models"]) == ["1-step", "2-step", "teacher-3-step"]
     assert list(result["ablations"]) == ["no-history", "no-augmentation"]
     model = result["models"]["2-step"]

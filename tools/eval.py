@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mirage_hello.tools.arguments import add_device
 from mirage_hello.tools.arguments import add_parser as add
 from mirage_hello.tools.errors import BadInput
+from mirage_hello.tools.eval_join import join
 
 if TYPE_CHECKING:
     from mirage_hello.model.evaluation import Candidate
@@ -22,6 +23,8 @@ EXAMPLES = """\
   mirage eval --checkpoint run/model.safetensors --steps 1 2 8
   mirage eval --frames 5000 --seeds 8 --device cuda
   mirage eval --ablation no-augmentation=ablation/model.safetensors
+  mirage eval --only 1-step no-history --name part          some of the candidates
+  mirage eval --join part.json other.json --name all        candidates that ran apart, as one
   mirage eval --page bench/results/eval/tiny.json           plots and a page from results
 """
 
@@ -46,6 +49,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--history-noise", type=float, default=0.05, help="sigma on the memory")
     parser.add_argument("--seconds", type=float, default=0.0, help="end the long run by then")
     parser.add_argument("--short", action="store_true", help="the long run alone")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these candidates alone")
+    parser.add_argument(
+        "--join", nargs="+", type=Path, metavar="JSON", help="put results together, and stop"
+    )
     parser.add_argument("--name", default="tiny", help="of the results")
     parser.add_argument("--out", type=Path, default=Path("bench/results/eval"))
     parser.add_argument("--page", type=Path, help="make plots and a page from this JSON, and stop")
@@ -61,9 +68,11 @@ def run(args: argparse.Namespace) -> int:
         print(eval_page.write(args.page))
         return 0
     try:
-        result = evaluate(args)
+        result = join(args.join, args.name) if args.join else evaluate(args)
     except (ValueError, FileNotFoundError) as error:
         raise BadInput(str(error)) from error
+    result["requirements"] = requirements(result)
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     if args.json:
@@ -92,7 +101,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         history_noise=args.history_noise, seconds=args.seconds,
         burn_in=min(args.burn_in, args.frames // 4),
     )  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
     evaluation = ev.Evaluation(config, device)
     say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
     began = time.time()
@@ -100,7 +108,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "format": FORMAT, "name": args.name, "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__, "size": args.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "models": {}, "ablations": {},
+        "styles": list(config.styles), "seeds": args.seeds, "models": {}, "ablations": {},
     }  # fmt: skip
     chosen = candidates(args, device)
     strips = {c.name: Strips(config, args.out / f"{args.name}-{c.name}") for _, c in chosen}
@@ -114,7 +122,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     for (group, candidate), found in zip(chosen, numbers, strict=True):
         result[group][candidate.name] = found | {"strips": strips[candidate.name].write()}
     result["seconds"] = round(time.time() - began)
-    result["requirements"] = requirements(result)
     return result
 
 
@@ -146,6 +153,12 @@ def candidates(args: argparse.Namespace, device) -> list[tuple[str, Candidate]]:
         other = Candidate(name, *load(Path(path), dtype, device), steps, short=True)
         other.history_noise = 0.0  # trained without: it runs without
         found.append(("ablations", other))
+    if args.only:
+        known = [candidate.name for _, candidate in found]
+        for name in args.only:
+            if name not in known:
+                raise ValueError(f"--only: unknown candidate {name!r}; known: {', '.join(known)}")
+        found = [item for item in found if item[1].name in args.only]
     return found
 
 
@@ -168,8 +181,9 @@ def requirements(result: dict[str, Any]) -> list[dict[str, Any]]:
         checks.append(
             (f"{name}: start-end contrast below 3 %", f"{worst} {value:.2%}", value < 0.03)
         )
-    base = [m for n, m in models.items() if not n.startswith("teacher")][-1]
-    if "no-history" in ablations:
+    students = [m for n, m in models.items() if not n.startswith("teacher")]
+    if "no-history" in ablations and students:
+        base = students[-1]
         ratio = ablations["no-history"]["warp_error"]["output"] / base["warp_error"]["output"]
         checks.append(("without history at least twice the flicker", f"{ratio:.2f}", ratio >= 2))
     if "no-augmentation" in ablations:
