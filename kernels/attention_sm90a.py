@@ -37,6 +37,15 @@ class Tile:
     unroll: bool = False
     short: int = 0
 
+    def __post_init__(self) -> None:
+        # A turn goes from one warpgroup to another: a barrier's two sides cannot be the same warps.
+        least = 2 if self.ping_pong else 1
+        if self.short and not least <= self.short < self.warpgroups:
+            raise ValueError(
+                f"attention: short must be 0 or from {least} to {self.warpgroups - 1} of "
+                f"{self.warpgroups} warpgroups (got {self.short}); choose another tile"
+            )
+
     @property
     def threads(self) -> int:
         return 128 * (self.warpgroups + 1)

@@ -67,9 +67,14 @@ def fold(
         gamma, beta: [C] of the layer_norm. to_q: [C, C], without bias. to_out: [C, C].
         keys_values: [L, 2 C], L at most 256.
     Raises:
-        ValueError: L above 256.
+        ValueError: L above 256, heads that do not divide C, keys_values of another C.
     """
     tokens, channels = keys_values.shape[0], to_q.shape[0]
+    if channels % heads or keys_values.shape[1:] != (2 * channels,):
+        raise ValueError(
+            f"prompt_attention: keys_values must be [L, 2 C] and heads divide C (got "
+            f"{list(keys_values.shape)}, C={channels}, heads={heads})"
+        )
     width = width_of(tokens)
     if width is None:
         raise ValueError(f"prompt_attention: at most {WIDTHS[-1]} tokens (got {tokens})")
@@ -104,9 +109,13 @@ def proven(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel gives on this device what torch's do: as the registry proves its kernels
     at their first use. False is logged. The emulator is trusted, as there."""
     error = self_test(device, dtype) if device.type == "cuda" else 0.0
-    if error > LARGEST_ERROR:
-        log.warning("prompt_attention is not used on %s: self-test failed, %g", device, error)
-    return error <= LARGEST_ERROR
+    right = error <= LARGEST_ERROR  # not of NaN
+    if not right:
+        log.warning(
+            "prompt_attention is not used on %s: its self-test has an error of %g, at most %g is "
+            "allowed", device, error, LARGEST_ERROR,
+        )  # fmt: skip
+    return right
 
 
 @torch.no_grad()

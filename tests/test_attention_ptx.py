@@ -149,6 +149,12 @@ def test_tiles_of_two_heights(tile, queries, head_dim, rounds, batch, monkeypatc
     assert_right(attention_sm90a(q, k, v, None, tile), q, k, v)
 
 
+@pytest.mark.parametrize(("warpgroups", "ping_pong", "short"), [(3, True, 1), (2, False, 2)])
+def test_a_tile_without_a_neighbour_for_its_turns_is_refused(warpgroups, ping_pong, short):
+    with pytest.raises(ValueError, match=rf"short must be 0 or from .* \(got {short}\)"):
+        Tile(warpgroups, 48, 2, ping_pong, 0, short=short)
+
+
 def run(q, k, v, scale=None):
     return attention_sm90a(q, k, v, scale, Tile(1, 64, 2, False, 2, True, unroll=True))
 

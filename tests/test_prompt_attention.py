@@ -1,5 +1,7 @@
 """Cross-attention of a folded prompt against attention itself, and the softmax of its product."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,14 @@ def test_the_self_test_tells_right_from_wrong(monkeypatch) -> None:
         assert prompt_attention.self_test(cpu, torch.bfloat16) > prompt_attention.LARGEST_ERROR
 
 
+@pytest.mark.parametrize("error", [2 * prompt_attention.LARGEST_ERROR, float("nan")])
+def test_a_kernel_that_fails_is_not_used_and_that_is_said(error, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(prompt_attention, "self_test", lambda device, dtype: error)
+    monkeypatch.setattr(logging.getLogger("mirage_hello"), "propagate", True)
+    assert not prompt_attention.proven.__wrapped__(torch.device("cuda"), torch.bfloat16)
+    assert f"an error of {error:g}" in caplog.text
+
+
 def test_widths_are_those_of_tiles() -> None:
     assert prompt_attention.width_of(77) == 80 and prompt_attention.width_of(3) == 8
     for tokens in range(1, 257):
@@ -105,6 +115,8 @@ def test_widths_are_those_of_tiles() -> None:
     assert prompt_attention.width_of(257) is None
     with pytest.raises(ValueError, match="at most 256 tokens"):
         folded(problem(257, 64, 2, rows=1), 2)
+    with pytest.raises(ValueError, match=r"heads divide C \(got \[5, 128\], C=64, heads=3\)"):
+        folded(problem(5, 64, 2, rows=1), 3)
     weight, columns = torch.zeros(24, 64).bfloat16(), torch.zeros(24, 2)
     with pytest.raises(ValueError, match="divides N"):
         linear_sm90a.softmaxed(torch.zeros(8, 64).bfloat16(), weight, columns, 16, 1e-5)
