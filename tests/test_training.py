@@ -31,6 +31,7 @@ from mirage_hello.model.training.history import (
 )
 from mirage_hello.model.training.journal import read as read_metrics
 from mirage_hello.model.training.optimise import Optimiser, learning_rate
+from mirage_hello.model.training.place import Place
 from mirage_hello.model.training.pool import ClipPool, plain_of, plan
 from mirage_hello.model.training.streams import LiveStreams
 from mirage_hello.model.training.video_stage import VideoStage
@@ -70,6 +71,7 @@ def test_unknown_key_names_the_nearest():
         ("batch", "many", "batch must be like"),
         ("batch", "2.5", "batch must be like"),
         ("batch", 0, "batch must be at least 1"),
+        ("autoencoder_batch", 1, "autoencoder_batch must be at least 2"),
         ("size", 100, "multiple of 8"),
         ("compile", "yes", "compile must be like"),
         ("precision", "fp8", "precision must be bf16 or fp32"),
@@ -320,6 +322,29 @@ def test_a_finished_autoencoder_is_borrowed(tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
     with pytest.raises(TrainingError, match="no file"):
         train(changed(config, {"autoencoder": "none.safetensors"}), tmp_path / "c", options)
+
+
+def test_a_run_begins_with_the_weights_of_another(tmp_path):
+    options = Options(device="cpu", quiet=True)
+    config = quick(autoencoder_steps=2, video_steps=2, distill_steps=0)
+    train(config, tmp_path / "a", options)
+    path = tmp_path / "a" / "model.safetensors"
+    begun = Place(changed(config, {"start": str(path), "seed": 7}), tmp_path / "b", options)
+    saved = [module.state_dict() for module in checkpoint.load(path)[:2]]
+    for weights, module in zip(saved, (begun.denoiser, begun.autoencoder), strict=True):
+        assert all(torch.equal(t, weights[name]) for name, t in module.state_dict().items())
+    assert not begun.autoencoder.trained  # its stage is not skipped
+    with pytest.raises(TrainingError, match=r"config: start='none.safetensors': .*no file"):
+        train(changed(config, {"start": "none.safetensors"}), tmp_path / "c", options)
+
+
+def test_a_checkpoint_of_another_format_is_named(tmp_path):
+    """A format says which tensors a checkpoint has: those without tints cannot go on exactly."""
+    train(quick(video_steps=2, distill_steps=0), tmp_path, Options(device="cpu", quiet=True))
+    for path in states.checkpoints(tmp_path / "checkpoints"):
+        torch.save(torch.load(path) | {"format": "mirage-training-1"}, path)
+    with pytest.raises(TrainingError, match=r"has format 'mirage-training-1', not .*-2'"):
+        states.load(tmp_path / "checkpoints")
 
 
 def test_latents_get_the_deviation_that_the_denoiser_expects(tmp_path):

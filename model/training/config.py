@@ -91,10 +91,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive = ("size", "supersample", "pool_clips", "clip_frames", "refresh_clips", "batch")
-        for name in (*positive, "refresh_every", "autoencoder_batch", "log_every", "keep"):
-            if getattr(self, name) < 1:
+        least = dict.fromkeys((*positive, "refresh_every", "log_every", "keep"), 1)
+        least["autoencoder_batch"] = 2  # half of it is moved
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
                 raise TrainingError(
-                    f"config: {name} must be at least 1 (got {getattr(self, name)})"
+                    f"config: {name} must be at least {smallest} (got {getattr(self, name)})"
                 )
         if self.size % 8:
             raise TrainingError(f"config: size must be a multiple of 8 (got {self.size})")
