@@ -12,7 +12,6 @@ from mirage_hello.bench.case import PEERS
 
 Row = dict[str, Any]
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-MODEL_PEERS = ("cuda-graph", "diffusers-eager", "diffusers-graph", "stream-diffusion")
 
 
 def newest_rows(runs: Sequence[run_file.Run]) -> list[Row]:
@@ -63,7 +62,7 @@ def _rank(row: Row) -> tuple[bool, float]:
 def peers_of(rows: Iterable[Row]) -> list[str]:
     """The peers that any of the rows was timed against, without `copy`, in a fixed order."""
     found = {name for row in rows for name in row["peers"]}
-    return [name for name in (*MODEL_PEERS, *PEERS) if name in found and name != "copy"]
+    return [name for name in (*run_file.MODEL_PEERS, *PEERS) if name in found and name != "copy"]
 
 
 def dtype_name(row: Row) -> str:
