@@ -18,7 +18,7 @@ from mirage_hello.kernels.attention_fp8 import (
     reference,
     split_last,
 )
-from mirage_hello.ptx import assembler
+from mirage_hello.ptx import assembler, loader
 
 # Probabilities have 3 mantissa bits: a relative error of up to 2^-4 each, 2^-4 / sqrt(3) = 3.6 % in
 # the root mean square of one; less in their weighted sum.
@@ -198,6 +198,15 @@ def test_assembles_without_spills(head_dim, tile, split):
     _, said = assembler.ptxas(text, "sm_90a", ("-v",))
     assert " 0 bytes spill stores" in said
     assert "C75" not in said, said
+
+
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+@pytest.mark.parametrize("head_dim", [16, 80, 128])
+def test_the_merge_assembles_within_its_budget(head_dim, warpgroups):
+    merge = loader.program("attention_fp8_merge", HEAD_DIM=head_dim, WARPGROUPS=warpgroups)
+    assert "Budget     no spills" in merge.text and merge.text.isascii()
+    _, said = assembler.ptxas(merge.text, "sm_90a", ("-v",))
+    assert " 0 bytes spill stores" in said
 
 
 def test_a_product_takes_32_keys():

@@ -122,7 +122,8 @@ SMOKE = TrainConfig(
 )  # fmt: skip
 
 PRESETS: dict[str, TrainConfig] = {
-    # The weights in the repository: one H200, 8 to 25 minutes. Arithmetic in docs/training.md.
+    # As the weights in the repository, but for what "Limits" in docs/training.md lists: one H200,
+    # 8 to 25 minutes. The arithmetic is there, too.
     "shipped": TrainConfig(minutes=13.0, shares=(0.155, 0.72, 0.125)),
     # The two ablations that show that the test is hard: see docs/evaluation.md.
     "no-augmentation": TrainConfig(
