@@ -116,16 +116,21 @@ def samples(*names: str, backends: tuple[str, ...] = ("ptx", "cuda")) -> Iterato
 
 
 def attention_hopper() -> Iterator[SanitizedCall]:
-    """Head counts and lengths that reach each tile that choose_tile knows."""
-    for heads, n, m, d in [
-        (96, 33, 70, 40), (96, 33, 300, 40), (3, 130, 300, 40), (8, 64, 77, 40), (96, 70, 300, 64),
-        (3, 65, 129, 64), (8, 70, 200, 80), (64, 70, 200, 128), (2, 130, 200, 128),
-        (64, 70, 130, 160), (2, 70, 300, 160), (2, 33, 100, 256), (1, 1, 1, 64), (2, 7, 1000, 64),
-    ]:  # fmt: skip
+    """Every tile that choose_tile knows, with a ragged last one; some that it chooses."""
+    page = attention_sm90a
+    shapes: list[tuple[int, int, int, int, attention_sm90a.Tile | None]] = [
+        (1, 1, 1, 64, None), (2, 7, 1000, 64, None), (3, 65, 129, 64, None), (8, 70, 200, 80, None),
+    ]  # fmt: skip
+    for d, m in product((40, 64, 80, 128, 160, 256), (77, 300)):
+        for tile in page.candidates(m, d, BF16):
+            # Two rows of tiles; 100 heads fill the card once, so that the second is a shorter one.
+            heads, n = 100 if tile.short else 2, 64 * tile.warpgroups + 7
+            shapes.append((heads, n, m, d, tile))
+    for heads, n, m, d, tile in shapes:
         args = (draw(1, n, heads, d), draw(1, m, heads, d), draw(1, m, heads, d))
         args = tuple(a.contiguous() for a in args)
-        run = attention_sm90a.attention_sm90a
-        yield SanitizedCall(f"h{heads} {n}x{m} d{d}", run, reference.attention, args)
+        run = partial(page.attention_sm90a, tile=tile)
+        yield SanitizedCall(f"h{heads} {n}x{m} d{d} {tile}", run, reference.attention, args)
 
 
 def attention_fp8_hopper() -> Iterator[SanitizedCall]:
@@ -204,16 +209,27 @@ def given_sums() -> Iterator[SanitizedCall]:
         norm = conv2d_fused.Norm(found[0], 16, draw(channels), draw(channels), **rest)
         run, truth = group_norm_apply.group_norm_apply, group_norm_apply.torch_form
         yield SanitizedCall(f"skip={skip is not None}", run, truth, (x, norm, skip))
+        rounded = partial(in_e4m3, unit=1 / 16)  # 3 mantissa bits: 2^-4 of a value at most
+        name = f"to e4m3 skip={skip is not None}"
+        yield SanitizedCall(name, rounded, truth, (x, norm, skip), ALLOWED_FP8)
+
+
+def in_e4m3(x: Tensor, norm: conv2d_fused.Norm, skip: Tensor | None, unit: float) -> Tensor:
+    return unit * group_norm_apply.group_norm_apply(x, norm, skip, out_scale=unit).float()
 
 
 def folded_linear() -> Iterator[SanitizedCall]:
-    """layer_norm in the product, a softmax in its epilogue, and e4m3 products."""
+    """layer_norm in the product, by its own statistics and by sums of the linear before; a softmax
+    in its epilogue; e4m3 products."""
     x, weight = draw(300, 640) + 1, draw(176, 640, scale=0.04)
     folded = layer_norm_linear.fold(draw(640), draw(640), weight, draw(176))
     run, truth = layer_norm_linear.layer_norm_linear, layer_norm_linear.layer_norm_linear_torch
     yield SanitizedCall("layer_norm linear", run, truth, (x, folded, draw(300, 176)))
     run, truth = layer_norm_linear.layer_norm_geglu, layer_norm_linear.layer_norm_geglu_torch
     yield SanitizedCall("layer_norm geglu", run, truth, (x, folded))
+    yield SanitizedCall(
+        "sums", behind_linear, behind_torch, (x, draw(640, 640, scale=0.04), folded)
+    )
     weights = draw(640), draw(640), draw(640, 640, scale=0.04), draw(77, 1280)
     prompt = prompt_attention.fold(*weights, draw(640, 640, scale=0.04), heads=8)
     run, truth = prompt_attention.probabilities, prompt_attention.probabilities_torch
@@ -221,6 +237,15 @@ def folded_linear() -> Iterator[SanitizedCall]:
     packed = linear_fp8.pack(weight, linear_fp8.calibrate([x]), draw(176))
     q, truth = linear_fp8.quantize(x, packed.x_scale), linear_fp8.linear_fp8_torch
     yield SanitizedCall("e4m3", linear_fp8.linear_fp8, truth, (q, packed, draw(300, 176)))
+
+
+def behind_linear(x: Tensor, first: Tensor, folded: layer_norm_linear.FoldedLinear) -> Tensor:
+    made, sums = linear_sm90a.linear_summed(x, first, None, x)
+    return layer_norm_linear.layer_norm_linear(made, folded, sums=sums)
+
+
+def behind_torch(x: Tensor, first: Tensor, folded: layer_norm_linear.FoldedLinear) -> Tensor:
+    return layer_norm_linear.layer_norm_linear_torch(x + x @ first.T, folded)
 
 
 def linear_hopper() -> Iterator[SanitizedCall]:
