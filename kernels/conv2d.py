@@ -36,7 +36,12 @@ def check(values: Mapping[str, Any]) -> None:
     checks.dimensions("conv2d", "x", x, "B, C, H, W")
     checks.dimensions("conv2d", "weight", weight, "O, C, R, S")
     checks.whole_number("conv2d", "stride", stride, 1)
-    for side in padding if isinstance(padding, tuple) and len(padding) == 2 else (padding,):
+    if not isinstance(padding, int) and not (isinstance(padding, tuple) and len(padding) == 2):
+        raise TypeError(
+            "conv2d: padding must be an int, or a tuple (before, after) for both axes "
+            f"(got {padding!r})"
+        )
+    for side in sides(padding):
         checks.whole_number("conv2d", "padding", side, 0)
     (batch, channels, *image), (outputs, in_channels, *window) = x.shape, weight.shape
     if values["skip"] is not None:

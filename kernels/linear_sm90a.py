@@ -82,12 +82,8 @@ def normed(
     Raises:
         ValueError: what `supports` refuses of linear, K above MAX_DEPTH, sums of other rows.
     """
-    depth = weight.shape[1]
-    if not 0 < depth <= MAX_DEPTH:
-        raise ValueError(
-            f"layer_norm_{op}: K must be 1 to {MAX_DEPTH} (got {depth}); use layer_norm, then {op}"
-        )
     _check(f"layer_norm_{op}", op, x, weight, columns, residual, 8)
+    _check_norm(f"layer_norm_{op}", op, x, sums)
     if out_scale is not None and (residual is not None or len(columns) % 32 or out_scale <= 0):
         raise ValueError(
             f"layer_norm_{op}: e4m3 output needs N a multiple of 16, no residual and a scale above "
@@ -96,12 +92,6 @@ def normed(
     if sums is None:
         statistics = row_statistics(x, eps)
         return _launch(op, x, weight, columns, residual, tile, statistics, out_scale)[0]
-    rows, parts = x.numel() // depth, -(-depth // sums.width)
-    if sums.values.shape != (rows, parts, 2) or sums.values.dtype != torch.float32:
-        raise ValueError(
-            f"layer_norm_{op}: sums of {sums.width} columns must be float32 {(rows, parts, 2)} "
-            f"(got {sums.values.dtype} {tuple(sums.values.shape)}); have x's linear make them"
-        )
     return _launch(op, x, weight, columns, residual, tile, None, out_scale, (sums, eps))[0]
 
 
@@ -119,7 +109,8 @@ def softmaxed(
     A column whose addend is -1e30 has no part in it.
 
     Raises:
-        ValueError: as `normed`; N no multiple of width, width no multiple of 8 or above 256.
+        ValueError: as `normed`; N no multiple of width, width no multiple of 8 or above 256, or
+            one of which no tile, or not the given one, holds whole softmaxes.
     """
     n, depth = weight.shape
     if width % 8 or not 0 < width <= 256 or n % width:
@@ -127,7 +118,14 @@ def softmaxed(
             f"softmaxed: width must be a multiple of 8 up to 256 that divides N (got {width}, "
             f"N={n}); pad the columns"
         )
+    held = [block_n for block_n in WIDTHS if block_n % width == 0]
+    if not held or (tile is not None and (tile.split > 1 or tile.block_n not in held)):
+        raise ValueError(
+            f"softmaxed: {tile or 'no tile'} holds whole softmaxes of {width} columns; choose a "
+            f"tile that is not split, of a width in {held}, or pad the columns"
+        )
     _check("softmaxed", "linear", x, weight, columns, None, 8)
+    _check_norm("softmaxed", "linear", x, sums)
     tile = tile or choose_softmax_tile(x.numel() // depth, n, -(-depth // 64), width)
     statistics = row_statistics(x, eps) if sums is None else None
     merged = None if sums is None else (sums, eps)
@@ -188,6 +186,24 @@ def _check(
         raise ValueError(
             f"{name}: residual must be {expected} (got {tuple(residual.shape)}); it is added to "
             "the result"
+        )
+
+
+def _check_norm(name: str, op: str, x: Tensor, sums: RowSums | None) -> None:
+    depth = x.shape[-1]
+    if not 0 < depth <= MAX_DEPTH:
+        raise ValueError(
+            f"{name}: K must be 1 to {MAX_DEPTH} (got {depth}); use layer_norm, then {op}"
+        )
+    if sums is None:
+        return
+    values, expected = sums.values, (x.numel() // depth, -(-depth // sums.width), 2)
+    fits = values.shape == expected and values.dtype == torch.float32
+    if not fits or not values.is_contiguous() or values.device != x.device:
+        raise ValueError(
+            f"{name}: sums of {sums.width} columns must be contiguous float32 {expected} on "
+            f"{x.device} (got {values.dtype} {tuple(values.shape)}, strides {values.stride()}, on "
+            f"{values.device}); have x's linear make them"
         )
 
 

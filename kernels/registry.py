@@ -65,7 +65,11 @@ class Op:
         if torch.compiler.is_compiling():
             return self.torch_kernel.run(*args, **kwargs)
         key = self._key(args, kwargs)
-        run = self._chosen.get(key)
+        try:
+            run = self._chosen.get(key)
+        except TypeError:  # a list, say, which no op takes: its check says so
+            self.describe(args, kwargs)
+            raise
         if run is None:
             run = self.select(args, kwargs).run
             if len(self._chosen) >= MAX_CACHED_SIGNATURES:

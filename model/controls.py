@@ -167,8 +167,13 @@ class LiveControls:
         Returns: the scale of each layer (see `fp8`). The plans are made again.
         """
         with self._lock:
+            before = fp8.scales(self.denoiser)
             fp8.use(self.denoiser, {})
-            scales = {} if frames is None else fp8.calibrate(self, frames)
+            try:
+                scales = {} if frames is None else fp8.calibrate(self, frames)
+            except BaseException:
+                fp8.use(self.denoiser, before)  # a change that is refused changes nothing
+                raise
             fp8.use(self.denoiser, scales)
             self._forget_plans()
             self.reset()

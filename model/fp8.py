@@ -28,6 +28,12 @@ def scale_of(layer: nn.Module) -> float | None:
     return layer.__dict__.get("_fp8_scale")
 
 
+def scales(denoiser: nn.Module) -> dict[str, float]:
+    """The scale of each layer that multiplies in e4m3, by its name."""
+    found = {name: scale_of(layer) for name, layer in denoiser.named_modules()}
+    return {name: scale for name, scale in found.items() if scale is not None}
+
+
 def in_use(layer: nn.Module) -> bool:
     """Whether any layer of its network multiplies in e4m3."""
     return bool(layer.__dict__.get("_fp8_in_use"))

@@ -216,10 +216,11 @@ def _merged(out: nn.Linear, proj: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
             wide = proj.weight.flatten(1).float()
             both = torch.cat([wide @ out.weight.float(), wide], 1).to(proj.weight.dtype)
             weight = both[:, :, None, None].contiguous(memory_format=torch.channels_last)
-            if out.bias is None or proj.bias is None:
+            parts = [] if out.bias is None else [wide @ out.bias.float()]
+            parts += [] if proj.bias is None else [proj.bias.float()]
+            if not parts:
                 return (weight,)
-            bias = wide @ out.bias.float() + proj.bias.float()
-            return weight, bias.to(proj.weight.dtype)
+            return weight, sum(parts[1:], parts[0]).to(proj.weight.dtype)
 
     made = derived(proj, sources, make)
     return made[0], made[1] if len(made) > 1 else None

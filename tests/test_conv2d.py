@@ -121,7 +121,8 @@ def test_output_layout_follows_x(device):
         ({"stride": (1, 1)}, TypeError, r"stride must be an int"),
         ({"padding": -1}, ValueError, r"padding must be at least 0"),
         ({"padding": (0, -1)}, ValueError, r"padding must be at least 0"),
-        ({"padding": (1, 1, 1)}, TypeError, r"padding must be an int"),
+        ({"padding": (1, 1, 1)}, TypeError, r"padding must be an int, or a tuple"),
+        ({"padding": [0, 1]}, TypeError, r"\(before, after\) for both axes \(got \[0, 1\]\)"),
     ],
 )
 def test_bad_input(change, error, text):

@@ -60,6 +60,16 @@ def test_a_stream_plans_again_and_nothing_changes_off_hopper(device: torch.devic
     assert of.plan is not plan
 
 
+def test_a_calibration_that_is_refused_keeps_the_scales() -> None:
+    of = stream(dtype=torch.bfloat16, policy="torch")
+    scales = of.use_fp8(clip(2))
+    with pytest.raises(ValueError, match="give at least one frame"):
+        of.use_fp8([])
+    assert scales and fp8.scales(of.denoiser) == scales
+    of.use_fp8(None)
+    assert fp8.scales(of.denoiser) == {}
+
+
 def test_scales_of_another_model_are_refused() -> None:
     of = stream()
     with pytest.raises(ValueError, match=r"no layer unet\.nothing"):

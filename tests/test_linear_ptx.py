@@ -14,6 +14,7 @@ from mirage_hello.kernels import (
     linear_tile,
     ops,
     parity,
+    row_sums,
     use,
 )
 from mirage_hello.kernels.linear_sm90a import Tile
@@ -215,8 +216,38 @@ def test_emulated_layer_norm_of_sums(op, tile, dtype):
 def test_sums_of_other_rows_are_refused():
     x, sums = summed(Tile(1, 32), m=8)
     folded = layer_norm_linear.fold(None, None, draw(48, 176))
-    with pytest.raises(ValueError, match="sums of 32 columns must be float32"):
+    with pytest.raises(ValueError, match="sums of 32 columns must be contiguous float32"):
         layer_norm_linear.layer_norm_linear(x[:4].contiguous(), folded, sums=sums)
+
+
+def test_sums_that_are_a_view_are_refused():
+    x, sums = summed(Tile(1, 32), m=8)
+    strided = row_sums.RowSums(sums.values.mT.contiguous().mT, sums.width)
+    folded = layer_norm_linear.fold(None, None, draw(48, 176))
+    with pytest.raises(ValueError, match="must be contiguous float32"):
+        layer_norm_linear.layer_norm_linear(x, folded, sums=strided)
+
+
+@pytest.mark.parametrize(
+    ("width", "options", "reason"),
+    [
+        (104, {}, "no tile holds whole softmaxes of 104 columns"),
+        (80, {"tile": Tile(2, 64)}, "block_n=64.* holds whole softmaxes"),
+        (80, {"tile": Tile(1, 80, split=2)}, "a tile that is not split"),
+        (
+            80,
+            {"sums": row_sums.RowSums(torch.zeros(3, 1, 2), 256)},
+            r"contiguous float32 \(8, 1, 2\)",
+        ),
+        (80, {"depth": 8192}, "K must be 1 to"),
+    ],
+)
+def test_a_softmax_that_no_tile_holds_is_refused(width, options, reason):
+    options = dict(options)
+    depth = options.pop("depth", 256)
+    x, weight, columns = draw(8, depth), draw(2 * width, depth), torch.zeros(2 * width, 2)
+    with pytest.raises(ValueError, match=reason):
+        linear_sm90a.softmaxed(x, weight, columns, width, 1e-5, **options)
 
 
 @pytest.mark.parametrize("tile", [None, Tile(2, 160, 2, pingpong=True), Tile(1, 64)])
