@@ -339,11 +339,11 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path):
 
 
 def test_a_checkpoint_of_another_format_is_named(tmp_path):
-    """A format says which tensors a checkpoint has: those without tints cannot go on exactly."""
+    """A format says which tensors a checkpoint has: those without `blank` cannot go on exactly."""
     train(quick(video_steps=2, distill_steps=0), tmp_path, Options(device="cpu", quiet=True))
     for path in states.checkpoints(tmp_path / "checkpoints"):
         torch.save(torch.load(path) | {"format": "mirage-training-1"}, path)
-    with pytest.raises(TrainingError, match=r"has format 'mirage-training-1', not .*-2'"):
+    with pytest.raises(TrainingError, match=r"has format 'mirage-training-1', not .*-3'"):
         states.load(tmp_path / "checkpoints")
 
 

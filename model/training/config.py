@@ -68,11 +68,12 @@ class TrainConfig:
     history_noise: float = 0.2  # largest sigma added to the memory
     clean_share: float = 0.15  # memories with no noise at all
     history_dropout: float = 0.1
-    tint: float = 0.5  # share of memories and targets in colours that only the memory can tell
+    tint: float = 0.0  # share of memories and targets in colours that only the memory can tell
     corruption: float = 0.25  # share of memories that get drift-like corruptions
     error_bank: float = 0.25  # share of memories that get errors of earlier roll-outs
     bank_size: int = 512
     live_share: float = 0.5  # of the batch: streams that go on from their own outputs
+    detail_frames: int = 12  # a stream is held to the true details so long, then to the means alone
     rollouts: tuple[int, ...] = (1, 4, 8, 16, 36)  # longest stream, over the course of the stage
     # Noise of the frame that is predicted.
     sigma_mean: float = -0.4
@@ -90,7 +91,15 @@ class TrainConfig:
     sample_frames: int = 48
 
     def __post_init__(self) -> None:
-        positive = ("size", "supersample", "pool_clips", "clip_frames", "refresh_clips", "batch")
+        positive = (
+            "size",
+            "supersample",
+            "pool_clips",
+            "clip_frames",
+            "refresh_clips",
+            "batch",
+            "detail_frames",
+        )
         least = dict.fromkeys((*positive, "refresh_every", "log_every", "keep"), 1)
         least["autoencoder_batch"] = 2  # half of it is moved
         for name, smallest in least.items():

@@ -18,7 +18,7 @@ from mirage_hello.model.training.video_stage import StyledDenoiser, VideoStage
 class DistillStage(VideoStage):
     """The student learns, from each noise, the frame that the teacher's ODE ends at.
 
-    loss = |S(x0; s0) - y|^2 + |S(x1; s1) - y|^2 + w (the same against the true frame),
+    loss = |S(x0; s0) - y|^2 + |S(x1; s1) - y|^2 + w (`error` of both, against the true frame),
     with x0 = s0 noise, y the teacher's result after `teacher_steps` Euler steps from x0, and x1 the
     student's own first step from s0 to s1, without gradient: what it meets at run time.
 
@@ -58,7 +58,7 @@ class DistillStage(VideoStage):
         loss, error = torch.zeros_like(goal[0, 0, 0, 0]), torch.zeros_like(goal[0, 0, 0, 0])
         for student in (first, second):
             to_teacher = (student - goal).square().mean()
-            to_truth = (student - batch.target).square().mean()
+            to_truth = self.error(student, batch).mean()
             loss = loss + to_teacher + self.config.truth_weight * to_truth
             error = error + 0.5 * to_teacher.detach()
         loss = loss / self.denoiser.config.sigma_data**2

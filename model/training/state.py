@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mirage_hello.model.training.config import TrainingError
 
-FORMAT = "mirage-training-2"
+FORMAT = "mirage-training-3"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PART_BYTES = 15 << 20  # compact parts stay below 16 MiB, a usual limit of what may be sent
 

@@ -24,8 +24,8 @@ class LiveStreams:
 
     Args:
         tint_share: of the streams that begin with true frames: see them in other colours.
-    Attributes: clip, time, age int64 [B]: where each stream is; memory: of their own outputs;
-    tint: of each stream, for its whole life.
+    Attributes: clip, time, age int64 [B]: where each stream is; blank bool [B]: began with an empty
+    memory; memory: of their own outputs; tint: of each stream, for its whole life.
     """
 
     def __init__(self, count: int, pool: ClipPool, history: int, tint_share: float = 0.0) -> None:
@@ -35,6 +35,7 @@ class LiveStreams:
         self.memory = ContextMemory(count, channels, height, width, history, device=device)
         self.clip = torch.zeros(count, dtype=torch.int64, device=device)
         self.time, self.age = self.clip.clone(), torch.full_like(self.clip, OVER)
+        self.blank = torch.zeros_like(self.clip, dtype=torch.bool)
         eye = torch.eye(channels, device=device).repeat(count, 1, 1)
         self.tint = Tint(eye, torch.zeros(count, channels, device=device))
 
@@ -66,6 +67,7 @@ class LiveStreams:
         # The first output becomes the sink only where the memory is empty.
         seen = time * ~empty
         self.memory.count.copy_(torch.where(where, seen, self.memory.count))
+        self.blank.copy_(torch.where(where, (time == 0) | empty, self.blank))
         self.clip.copy_(torch.where(where, clip, self.clip))
         self.time.copy_(torch.where(where, time, self.time))
         self.age.mul_(~where)
@@ -84,6 +86,16 @@ class LiveStreams:
         memory = torch.cat((self.memory.history, self.memory.sink), 1)
         return memory, self.clip, self.time
 
+    def held_to_details(self, frames: int) -> Tensor:
+        """How much each stream's next frame is held to the truth's details, float32 [B] in [0, 1].
+
+        1 - age / frames, and 0 from the second frame on where the memory began empty: what a
+        stream had to invent is not in the truth, and a loss that asks for the truth there teaches
+        that a memory of own outputs is worth nothing.
+        """
+        kept = (1 - self.age / frames).clamp(0, 1)
+        return torch.where(self.blank & (self.age > 0), 0.0, kept)
+
     @torch.no_grad()
     def push(self, outputs: Tensor) -> Tensor:
         """Remember the outputs [B, C, h, w]; returns their errors against the truth."""
@@ -98,14 +110,14 @@ class LiveStreams:
         return {
             "history": memory.history.clone(), "sink": memory.sink.clone(),
             "count": memory.count.clone(), "clip": self.clip.clone(), "time": self.time.clone(),
-            "age": self.age.clone(), "matrix": self.tint.matrix.clone(),
-            "offset": self.tint.offset.clone(),
+            "age": self.age.clone(), "blank": self.blank.clone(),
+            "matrix": self.tint.matrix.clone(), "offset": self.tint.offset.clone(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
         for name in ("history", "sink", "count"):
             getattr(self.memory, name).copy_(state[name])
-        for name in ("clip", "time", "age"):
+        for name in ("clip", "time", "age", "blank"):
             getattr(self, name).copy_(state[name])
         for name in ("matrix", "offset"):
             getattr(self.tint, name).copy_(state[name])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirage_hello.model.autoencoder import Autoencoder
@@ -35,13 +36,15 @@ class Batch:
     """One batch of latents.
 
     inputs [B, C + (K + 1) C, h, w]: input view, then the memory as the network sees it; level [B];
-    styles int64 [B]; target [B, C, h, w]: the true next frame.
+    styles int64 [B]; target [B, C, h, w]: the true next frame; details float32 [B]: how much the
+    sample is held to it point by point, and not only to its means.
     """
 
     inputs: Tensor
     level: Tensor
     styles: Tensor
     target: Tensor
+    details: Tensor
 
 
 class StyledDenoiser(nn.Module):
@@ -127,8 +130,11 @@ class VideoStage:
         seen = (memory != 0).flatten(1).any(1)
         tint = drawn_tint(seen & self.chosen(count, config.tint), self.channels, generator)
         memory = tinted(memory, tint)
+        details = torch.ones(count, device=device)
         if self.streams:
             self.streams.retire(self.longest, generator)
+            own_details = self.streams.held_to_details(config.detail_frames)
+            details = torch.cat((details, own_details))
             held, clip_live, time_live = self.streams.read()
             memory = torch.cat((memory, held))
             clip, time = torch.cat((clip, clip_live)), torch.cat((time, time_live))
@@ -136,11 +142,12 @@ class VideoStage:
         # What is forgotten cannot tell its colours: the true ones are the target.
         kept = ~self.chosen(len(clip), config.history_dropout if config.history else 1.0)
         memory, tint = memory * kept[:, None, None, None], tint.only(kept)
+        details = torch.where(kept, details, 1.0)
         own = torch.arange(len(clip), device=device) >= count
         memory, level = augmented(memory, own, self.bank, config, generator)
         inputs = torch.cat((pool.views[clip, time].float(), memory), 1)
         target = tinted(pool.targets[clip, time], tint)
-        return Batch(self.laid_out(inputs), level, pool.styles[clip], target)
+        return Batch(self.laid_out(inputs), level, pool.styles[clip], target, details)
 
     def chosen(self, count: int, share: float) -> Tensor:
         """bool [count], each True with this probability."""
@@ -181,13 +188,24 @@ class VideoStage:
         denoised = self.evaluate(self.module, x, sigma, batch)
         data = self.denoiser.config.sigma_data
         weight = (sigma**2 + data**2) / (sigma * data) ** 2  # Karras et al. 2022, table 1
-        error = (denoised - batch.target).square().mean((1, 2, 3))
+        error = self.error(denoised, batch)
         loss = (weight * error).mean()
         norm = self.optimiser.apply(loss)
         metrics = {"loss": loss.detach(), "error": error.detach().mean(), "norm": norm}
         if self.streams:
             metrics["rollout_error"] = self.roll(rolls)
         return metrics, {"x": x, "sigma": sigma, **vars(batch)}
+
+    def error(self, denoised: Tensor, batch: Batch) -> Tensor:
+        """d mean e^2 + (1 - d) mean (means of e over the frame's quarters)^2, [B], d the details.
+
+        What the input view does not tell, a stream invents; the truth has something else there.
+        Held to the truth point by point, the best answer to a memory of own outputs is to forget
+        its details. The means keep such a stream from drifting and leave it what it invented.
+        """
+        e = denoised - batch.target
+        coarse = F.adaptive_avg_pool2d(e, 2).square().mean((1, 2, 3))
+        return torch.lerp(coarse, e.square().mean((1, 2, 3)), batch.details)
 
     def laid_out(self, inputs: Tensor) -> Tensor:
         """As the network wants its input channels."""
@@ -224,11 +242,13 @@ class VideoStage:
         memory = memory + RUN_NOISE * noise
         level = torch.full((len(clip),), RUN_NOISE, device=memory.device)
         inputs = self.laid_out(torch.cat((self.pool.views[clip, time].float(), memory), 1))
-        now = Batch(inputs, level, self.pool.styles[clip], memory)
+        details = self.streams.held_to_details(self.config.detail_frames)
+        now = Batch(inputs, level, self.pool.styles[clip], memory, details)
         outputs = self.trace(self.module, self.start_noise(memory), now, steps)
         errors = self.streams.push(outputs)
         # Four a step: the bank then spans the last bank_size / 4 steps, not the last three.
-        self.bank.add(errors[:: max(1, len(errors) // 4)])
+        # An invention is no error.
+        self.bank.add((errors * details[:, None, None, None])[:: max(1, len(errors) // 4)])
         return errors.square().mean()
 
     def finish(self) -> None:
