@@ -98,3 +98,9 @@ def lost_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU always; the GPU under `pytest -m gpu`."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def two_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a linear take several tiles each, so that the ring and the turns go round."""
+    monkeypatch.setattr("mirage_hello.kernels.linear_tile.MULTIPROCESSORS", 2)

@@ -5,8 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from test_plan import planned
-from test_stream import clip, run, stream
+from stream_calls import clip, planned, run, stream
 
 from mirage_hello.kernels import conv2d_fp8, use
 from mirage_hello.model import fp8

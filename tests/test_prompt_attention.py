@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_plan import CHANGES, planned
-from test_stream import clip, run
+from stream_calls import clip, planned, run
+from test_live_changes import CHANGES
 
 from mirage_hello.kernels import linear_sm90a, prompt_attention, row_sums
 from mirage_hello.kernels.linear_tile import Tile
