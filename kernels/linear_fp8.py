@@ -6,6 +6,12 @@
 One activation scale a for the layer, calibrated from samples; one weight scale w_n for each output
 channel. Not an op of the registry: nothing chooses it for you, since its error is that of 3
 mantissa bits (about 4 % of the output's size; docs/linear.md).
+
+Behind a layer_norm, whose weights are folded in (`layer_norm_linear.fold`), the weight has one
+scale w: e4m3 has exponents of its own, so a channel a thousand times smaller than the largest is
+still rounded to 3 bits, and the epilogue keeps two numbers a column.
+
+    layer_norm_linear_fp8   rstd (a w q Q^T - mean s) + b',   s = w sum_k Q[n, k]
 """
 
 from collections.abc import Iterable
@@ -15,6 +21,8 @@ import torch
 from torch import Tensor
 
 from mirage_hello.kernels import linear_sm90a
+from mirage_hello.kernels.layer_norm_linear import FoldedLinear
+from mirage_hello.kernels.row_sums import RowSums
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # finite value of e4m3
@@ -89,6 +97,107 @@ def linear_fp8(
     """
     q = x if x.dtype == E4M3 else quantize(x, packed.x_scale)
     return linear_sm90a.scaled(q, packed.weight, packed.columns, residual, tile)
+
+
+def linear_fp8_summed(
+    x: Tensor,
+    packed: Fp8Linear,
+    residual: Tensor | None = None,
+    copy_scale: float | None = None,
+    tile: linear_sm90a.Tile | None = None,
+) -> tuple[Tensor, RowSums]:
+    """(linear_fp8, the sums of its rows) of an e4m3 x, for the layer_norm behind it.
+
+    copy_scale: None, or the scale of a copy in e4m3 (`RowSums.copy`) of the bfloat16 output.
+    """
+    given = (x, packed.weight, packed.columns, residual)
+    return linear_sm90a.scaled_summed(*given, tile, copy_scale)
+
+
+@dataclass(frozen=True)
+class Fp8Folded:
+    """A linear layer behind a layer_norm in e4m3, as `fold` makes it.
+
+    weight: [N, K] float8_e4m3fn. columns: [N, 2] float32, (s_n, b'_n). factor: [1] float32, a w,
+    on the device, so that weights may change under a captured graph.
+    """
+
+    weight: Tensor
+    columns: Tensor
+    factor: Tensor
+
+
+def fold(folded: FoldedLinear, x_scale: float) -> Fp8Folded:
+    """A folded layer in e4m3: s sums the rounded weight, so that it cancels the mean's part.
+
+    Args:
+        folded: of `layer_norm_linear.fold`. x_scale: a of the rows before their layer_norm.
+
+    Raises:
+        ValueError: an x_scale that is not above 0.
+    """
+    if not x_scale > 0:
+        raise ValueError(f"linear_fp8: x_scale must be above 0 (got {x_scale}); calibrate() it")
+    wide = folded.weight.float()
+    scale = (wide.abs().amax() / LARGEST).clamp_min(1e-12).reshape(1)
+    weight = (wide / scale).to(E4M3)
+    columns = torch.stack([weight.double().sum(1) * scale.double(), folded.columns[:, 1]], 1)
+    return Fp8Folded(weight.contiguous(), columns.float().contiguous(), scale * x_scale)
+
+
+def layer_norm_linear_fp8(
+    sums: RowSums,
+    folded: Fp8Folded,
+    eps: float = 1e-5,
+    tile: linear_sm90a.Tile | None = None,
+) -> Tensor:
+    """out = linear(layer_norm(x)) of x in e4m3, out in bfloat16.
+
+    Args:
+        sums: of x's rows, with the copy of x in e4m3 that its linear left.
+        folded: of `fold`; N a multiple of 8, K of 16 up to 4096.
+
+    Raises:
+        ValueError: sums without a copy; K, N, sums or a tile that the kernel does not take.
+
+    Numerics: as linear_fp8; mean and rstd are those of the rows in bfloat16.
+    """
+    x = copy_of(sums)
+    given = ("linear", x, folded.weight, folded.columns, None, eps, tile, None, sums)
+    return linear_sm90a.normed(*given, folded.factor)
+
+
+def layer_norm_geglu_fp8(
+    sums: RowSums,
+    folded: Fp8Folded,
+    out_scale: float,
+    eps: float = 1e-5,
+    tile: linear_sm90a.Tile | None = None,
+) -> Tensor:
+    """out = e4m3(h gelu(gate) / out_scale), (h, gate) the halves of layer_norm_linear_fp8."""
+    x = copy_of(sums)
+    given = ("geglu", x, folded.weight, folded.columns, None, eps, tile, out_scale, sums)
+    return linear_sm90a.normed(*given, folded.factor)
+
+
+def copy_of(sums: RowSums) -> Tensor:
+    """The rows in e4m3. ValueError: their linear left none."""
+    if sums.copy is None:
+        raise ValueError(
+            "linear_fp8: the sums have no e4m3 copy of their rows; give their linear a copy_scale"
+        )
+    return sums.copy
+
+
+def layer_norm_linear_fp8_torch(
+    x: Tensor, copy: Tensor, folded: Fp8Folded, eps: float = 1e-5
+) -> Tensor:
+    """The same in float64: x the rows, whose mean and spread count, copy what is multiplied."""
+    wide = x.double()
+    mean = wide.mean(-1, keepdim=True)
+    rstd = (wide.var(-1, unbiased=False, keepdim=True) + eps).rsqrt()
+    sums = copy.double() @ folded.weight.double().T * folded.factor.double()
+    return rstd * (sums - mean * folded.columns[:, 0].double()) + folded.columns[:, 1].double()
 
 
 def linear_fp8_torch(x: Tensor, packed: Fp8Linear, residual: Tensor | None = None) -> Tensor:

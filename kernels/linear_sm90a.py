@@ -1,30 +1,42 @@
-"""linear, geglu and variants on Hopper: the launch and the tile of ptx/linear.sm90a.ptx.j2."""
+"""linear, geglu and variants on Hopper: what ptx/linear.sm90a.ptx.j2 takes, checked.
+
+`linear_launch` launches it, `linear_tile` chooses its tile.
+"""
 
 from dataclasses import replace
 
-import torch
-from torch import Tensor
+from torch import Tensor, float8_e4m3fn, float32
 
-from mirage_hello.kernels import tuning
 from mirage_hello.kernels.call import Call
-from mirage_hello.kernels.linear_tile import SMEM_BYTES, Tile
+from mirage_hello.kernels.linear_launch import Product, program
+from mirage_hello.kernels.linear_tile import (
+    WIDTHS,
+    Tile,
+    candidates,
+    choose_softmax_tile,
+    choose_tile,
+)
 from mirage_hello.kernels.row_sums import RowSums, row_statistics
-from mirage_hello.ptx import loader
 
 __all__ = [
+    "WIDTHS",
     "RowSums",
     "Tile",
     "candidates",
+    "choose_softmax_tile",
     "choose_tile",
     "geglu_sm90a",
     "linear_sm90a",
     "linear_summed",
+    "normed",
+    "program",
+    "scaled",
+    "scaled_summed",
+    "softmaxed",
     "supports",
 ]
 
-SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "e4m3"}
 MAX_DEPTH = 4096  # of a row that a warp of row_statistics holds in registers
-WIDTHS = (32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)
 
 
 def linear_sm90a(
@@ -35,7 +47,7 @@ def linear_sm90a(
     tile: Tile | None = None,
 ) -> Tensor:
     """See ops.linear; `tile` overrides the choice."""
-    return _launch("linear", x, weight, bias, residual, tile)[0]
+    return Product("linear", x, weight, bias, residual).launch(tile)[0]
 
 
 def linear_summed(
@@ -44,23 +56,24 @@ def linear_summed(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     tile: Tile | None = None,
+    copy_scale: float | None = None,
 ) -> tuple[Tensor, RowSums]:
     """(ops.linear, the sums of its rows), for layer_norm_linear's `sums`.
+
+    copy_scale: beside the output its copy e4m3(out / copy_scale), in the sums' `copy`.
 
     Raises:
         ValueError: what `supports` refuses of linear.
     """
     _check("linear_summed", "linear", x, weight, bias, residual, 8)
-    out, sums = _launch("linear", x, weight, bias, residual, tile, summed=True)
-    assert sums is not None
-    return out, sums
+    return _summed(Product("linear", x, weight, bias, residual, copy_scale=copy_scale), tile)
 
 
 def geglu_sm90a(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: Tile | None = None
 ) -> Tensor:
     """See ops.geglu; a tile of block_n holds block_n / 2 columns of h and the same of the gate."""
-    return _launch("geglu", x, weight, bias, None, tile)[0]
+    return Product("geglu", x, weight, bias).launch(tile)[0]
 
 
 def normed(
@@ -73,26 +86,28 @@ def normed(
     tile: Tile | None = None,
     out_scale: float | None = None,
     sums: RowSums | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """linear or geglu of rstd (x weight^T - mean s) + b; columns: [N, 2] float32, (s, b).
 
     out_scale: the output is e4m3(value / out_scale); without residual.
     sums: of x, by the linear that made it; None: a kernel of its own takes mean and rstd.
+    factor: float32 [1], of e4m3 x and weight what their products are multiplied by; with sums.
 
     Raises:
         ValueError: what `supports` refuses of linear, K above MAX_DEPTH, sums of other rows.
     """
-    _check(f"layer_norm_{op}", op, x, weight, columns, residual, 8)
-    _check_norm(f"layer_norm_{op}", op, x, sums)
+    name = f"layer_norm_{op}"
+    _check(name, op, x, weight, columns, residual, 16 if factor is not None else 8)
+    _check_norm(name, op, x, sums, factor)
     if out_scale is not None and (residual is not None or len(columns) % 32 or out_scale <= 0):
         raise ValueError(
-            f"layer_norm_{op}: e4m3 output needs N a multiple of 16, no residual and a scale above "
+            f"{name}: e4m3 output needs N a multiple of 16, no residual and a scale above "
             f"0 (got weight {tuple(weight.shape)}, scale {out_scale})"
         )
-    if sums is None:
-        statistics = row_statistics(x, eps)
-        return _launch(op, x, weight, columns, residual, tile, statistics, out_scale)[0]
-    return _launch(op, x, weight, columns, residual, tile, None, out_scale, (sums, eps))[0]
+    statistics = row_statistics(x, eps) if sums is None else None
+    given = (op, x, weight, columns, residual, statistics, sums, eps, factor)
+    return Product(*given, out_scale=out_scale).launch(tile)[0]
 
 
 def softmaxed(
@@ -103,6 +118,8 @@ def softmaxed(
     eps: float,
     sums: RowSums | None = None,
     tile: Tile | None = None,
+    factor: Tensor | None = None,
+    out_scale: float | None = None,
 ) -> Tensor:
     """2^y / sum of 2^y over every `width` neighbouring columns of y = `normed`("linear", ...).
 
@@ -112,7 +129,7 @@ def softmaxed(
         ValueError: as `normed`; N no multiple of width, width no multiple of 8 or above 256, or
             one of which no tile, or not the given one, holds whole softmaxes.
     """
-    n, depth = weight.shape
+    n = len(weight)
     if width % 8 or not 0 < width <= 256 or n % width:
         raise ValueError(
             f"softmaxed: width must be a multiple of 8 up to 256 that divides N (got {width}, "
@@ -124,28 +141,13 @@ def softmaxed(
             f"softmaxed: {tile or 'no tile'} holds whole softmaxes of {width} columns; choose a "
             f"tile that is not split, of a width in {held}, or pad the columns"
         )
-    _check("softmaxed", "linear", x, weight, columns, None, 8)
-    _check_norm("softmaxed", "linear", x, sums)
-    tile = tile or choose_softmax_tile(x.numel() // depth, n, -(-depth // 64), width)
+    _check("softmaxed", "linear", x, weight, columns, None, 16 if factor is not None else 8)
+    _check_norm("softmaxed", "linear", x, sums, factor)
     statistics = row_statistics(x, eps) if sums is None else None
-    merged = None if sums is None else (sums, eps)
-    return _launch(
-        "linear", x, weight, columns, None, tile, statistics, merged=merged, softmax=width
-    )[0]
-
-
-def choose_softmax_tile(rows: int, n: int, blocks: int, width: int) -> Tile:
-    """As choose_tile, among the tiles that hold whole softmaxes."""
-
-    def fits(tile: Tile) -> bool:
-        return tile.split == 1 and tile.block_n % width == 0
-
-    return tuning.tile_for(
-        "linear_softmax",
-        {"m": rows, "n": n, "blocks": blocks, "width": width},
-        lambda: [tile for tile in candidates(blocks, norm=True) if fits(tile)],
-        lambda tile: tile.clocks(rows, n, blocks),
-    )
+    given = ("linear", x, weight, columns, None, statistics, sums, eps, factor)
+    product = Product(*given, out_scale=out_scale, softmax=width)
+    kinds = product.fp8, out_scale is not None
+    return product.launch(tile or choose_softmax_tile(*product.shape, width, *kinds))[0]
 
 
 def scaled(
@@ -157,7 +159,34 @@ def scaled(
         ValueError: K not a multiple of 16, or what `supports` refuses of linear.
     """
     _check("linear_fp8", "linear", x, weight, columns, residual, 16)
-    return _launch("linear", x, weight, columns, residual, tile)[0]
+    return Product("linear", x, weight, columns, residual).launch(tile)[0]
+
+
+def scaled_summed(
+    x: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    residual: Tensor | None,
+    tile: Tile | None = None,
+    copy_scale: float | None = None,
+) -> tuple[Tensor, RowSums]:
+    """(`scaled`, the sums of its rows), as linear_summed.
+
+    Raises:
+        ValueError: as `scaled`.
+    """
+    _check("linear_fp8", "linear", x, weight, columns, residual, 16)
+    return _summed(Product("linear", x, weight, columns, residual, copy_scale=copy_scale), tile)
+
+
+def _summed(product: Product, tile: Tile | None) -> tuple[Tensor, RowSums]:
+    if product.copy_scale is not None and not product.copy_scale > 0:
+        raise ValueError(
+            f"linear_summed: copy_scale must be above 0 (got {product.copy_scale}); calibrate it"
+        )
+    out, sums = replace(product, summed=True).launch(tile)
+    assert sums is not None
+    return out, sums
 
 
 def _check(
@@ -189,155 +218,28 @@ def _check(
         )
 
 
-def _check_norm(name: str, op: str, x: Tensor, sums: RowSums | None) -> None:
+def _check_norm(name: str, op: str, x: Tensor, sums: RowSums | None, factor: Tensor | None) -> None:
     depth = x.shape[-1]
     if not 0 < depth <= MAX_DEPTH:
         raise ValueError(
             f"{name}: K must be 1 to {MAX_DEPTH} (got {depth}); use layer_norm, then {op}"
         )
+    eight = x.dtype == float8_e4m3fn
+    if eight != (factor is not None) or (eight and sums is None):
+        raise ValueError(
+            f"{name}: x of e4m3, sums of it and a factor go together (got {x.dtype}, "
+            f"{'no ' * (sums is None)}sums, {'no ' * (factor is None)}factor)"
+        )
     if sums is None:
         return
     values, expected = sums.values, (x.numel() // depth, -(-depth // sums.width), 2)
-    fits = values.shape == expected and values.dtype == torch.float32
+    fits = values.shape == expected and values.dtype == float32
     if not fits or not values.is_contiguous() or values.device != x.device:
         raise ValueError(
             f"{name}: sums of {sums.width} columns must be contiguous float32 {expected} on "
             f"{x.device} (got {values.dtype} {tuple(values.shape)}, strides {values.stride()}, on "
             f"{values.device}); have x's linear make them"
         )
-
-
-def _launch(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    vector: Tensor | None,
-    residual: Tensor | None,
-    tile: Tile | None,
-    statistics: Tensor | None = None,
-    out_scale: float | None = None,
-    merged: tuple[RowSums, float] | None = None,
-    summed: bool = False,
-    softmax: int = 0,
-) -> tuple[Tensor, RowSums | None]:
-    """The output and, where `summed`, the sums of its rows.
-
-    vector: the bias, or (factor, addend) of each column. softmax: columns of one, 0: none.
-    statistics: of x's rows; `merged`: their sums and eps instead.
-    """
-    norm = statistics is not None or merged is not None
-    gated, fp8 = op == "geglu", x.dtype == torch.float8_e4m3fn
-    n = weight.shape[0] // 2 if gated else weight.shape[0]
-    quantised = out_scale is not None
-    dtype = torch.float8_e4m3fn if quantised else torch.bfloat16 if fp8 else x.dtype
-    out = torch.empty(*x.shape[:-1], n, dtype=dtype, device=x.device)
-    rows, depth = out.numel() // n, weight.shape[1]
-    per_block = 128 // x.element_size()
-    blocks = -(-depth // per_block)
-    tile = tile or choose_tile(op, rows, n, blocks, norm, fp8, quantised)
-    problem = tile.problem(gated, norm, quantised)
-    if problem or blocks < tile.split:
-        problem = problem or f"{blocks} K blocks cannot be split over {tile.split}"
-        raise ValueError(f"{op}: {tile}: {problem}; choose another tile")
-    sums = None
-    if summed:
-        width = tile.width(gated)
-        values = torch.empty(rows, -(-n // width), 2, dtype=torch.float32, device=x.device)
-        sums = RowSums(values, width)
-    if out.numel() == 0:
-        return out, sums
-    tiles, tiles_x = tile.tiles(rows, n, gated)
-    tile = tile.fitted(tile.loads(tiles, blocks), gated, norm or fp8, residual is not None)
-    x_rows, weight_rows = tile.boxes(gated)
-    pitch = (depth * x.element_size(),)
-    maps = (
-        loader.tensor_map(x, (per_block, x_rows), dims=(depth, rows), strides=pitch),
-        loader.tensor_map(weight, (per_block, weight_rows)),
-    )
-    reciprocal = -(-(2**63) // tiles_x)
-    of_x = (merged[0].values, merged[1]) if merged else (statistics,)
-    added = (*of_x, residual, sums and sums.values)
-    short = SHORT_NAME[x.dtype]
-    scale = () if out_scale is None else (1.0 / out_scale,)
-    options = norm or fp8, residual is not None, quantised
-    merging = merged[0].variables(depth) if merged else {}
-    program(op, tile, short, norm, *options[1:], summed, softmax, **merging).launch(
-        f"{op}{'_norm' * norm}{'_softmax' * bool(softmax)}{'_to_e4m3' * quantised}_{short}",
-        grid=(tile.grid(tiles),),
-        block=(tile.threads,),
-        args=(
-            *maps, vector, *(a for a in added if a is not None), reciprocal, out, n, rows, blocks,
-            tiles, tiles_x, *scale,
-        ),
-        smem_bytes=tile.layout(tile.stages or 1, gated, *options)["BYTES"],
-    )  # fmt: skip
-    return out, sums
-
-
-def program(
-    op: str,
-    tile: Tile,
-    dtype: str,
-    norm: bool = False,
-    residual: bool = False,
-    quantised: bool = False,
-    summed: bool = False,
-    softmax: int = 0,
-    **merging: int | str,
-) -> loader.Program:
-    """The program of a fitted tile; `merging`: RowSums.variables of a norm's input."""
-    variables = tile.variables(op == "geglu", norm or dtype == "e4m3", residual, quantised)
-    variables |= {"ROW_SUMS": summed, "SOFTMAX": softmax, "SUM_PARTS": 0, **merging}
-    return loader.program("linear.sm90a", OP=op, dtype=dtype, NORM=norm, **variables)
-
-
-def choose_tile(
-    op: str,
-    rows: int,
-    n: int,
-    blocks: int,
-    norm: bool = False,
-    fp8: bool = False,
-    quantised: bool = False,
-) -> Tile:
-    """The measured tile of this shape, else the one with the least estimated time (docs/linear.md).
-
-    Args:
-        op: linear or geglu.
-        rows, n: of the output.
-        blocks: K blocks of 128 bytes.
-        norm: shares its measurements with the plain op: the product is the same.
-        fp8, quantised: variants that are tuned under names of their own.
-    """
-    gated = op == "geglu"
-    return tuning.tile_for(
-        op + ("_fp8" if fp8 else "") + ("_to_e4m3" if quantised else ""),
-        {"m": rows, "n": n, "blocks": blocks},
-        lambda: candidates(blocks, gated, norm, quantised),
-        lambda tile: tile.clocks(rows, n, blocks, gated),
-    )
-
-
-def candidates(
-    blocks: int, gated: bool = False, norm: bool = False, quantised: bool = False
-) -> list[Tile]:
-    """Every tile whose registers and shared memory fit."""
-    found = []
-    for block_n in WIDTHS:
-        tiles = [Tile(1, block_n), Tile(2, block_n), Tile(1, block_n, 2)]
-        tiles += [Tile(2, block_n, m, pingpong=True) for m in (1, 2)]
-        tiles += [Tile(g, block_n, split=s) for g in (1, 2) for s in range(2, min(blocks, 8) + 1)]
-        tiles += [replace(t, shared=s) for t in tiles if t.split == 1 for s in ("weight", "x")]
-        tiles = [t for t in tiles if not t.problem(gated, norm, quantised)]
-        found += [t for t in tiles if _fits(t, blocks, gated, norm)]
-    return found
-
-
-def _fits(tile: Tile, blocks: int, gated: bool, norm: bool) -> bool:
-    """Whether three stages fit beside a residual, or as many as there are K blocks."""
-    stages = min(3, max(2, -(-blocks // tile.split)))
-    needed = tile.layout(stages, gated, norm, residual=not gated)["BYTES"]
-    return needed <= SMEM_BYTES
 
 
 def supports(call: Call) -> str | None:

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, replace
 
+from mirage_hello.kernels import tuning
+
 SMEM_BYTES = 232448  # a block may have
 # Clusters resident at once on an H200, one block a multiprocessor (cuOccupancyMaxActiveClusters):
 # not 132 / size, because a cluster stays inside a GPC.
 RESIDENT = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
 MAX_STAGES = 12
 MULTIPROCESSORS = 132
+WIDTHS = (32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256)  # of tiles that are candidates
 REGISTERS = {1: 255, 2: 232}  # of a multiplying thread, by warpgroups
 # Of the estimate, in clocks of an H200.
 PRODUCTS = 1.07  # products against the peak rate of 4096 FLOP a clock
@@ -189,3 +192,69 @@ class Tile:
         if self.pingpong:
             return LAUNCH + turns * max(depth * step, store / 2) + store
         return LAUNCH + turns * (depth * step + store)
+
+
+def choose_tile(
+    op: str,
+    rows: int,
+    n: int,
+    blocks: int,
+    norm: bool = False,
+    fp8: bool = False,
+    quantised: bool = False,
+) -> Tile:
+    """The measured tile of this shape, else the one with the least estimated time (docs/linear.md).
+
+    Args:
+        op: linear or geglu.
+        rows, n: of the output.
+        blocks: K blocks of 128 bytes.
+        norm: shares its measurements with the plain op: the product is the same.
+        fp8, quantised: variants that are tuned under names of their own.
+    """
+    gated = op == "geglu"
+    return tuning.tile_for(
+        op + ("_fp8" if fp8 else "") + ("_to_e4m3" if quantised else ""),
+        {"m": rows, "n": n, "blocks": blocks},
+        lambda: candidates(blocks, gated, norm, quantised),
+        lambda tile: tile.clocks(rows, n, blocks, gated),
+    )
+
+
+def candidates(
+    blocks: int, gated: bool = False, norm: bool = False, quantised: bool = False
+) -> list[Tile]:
+    """Every tile whose registers and shared memory fit."""
+    found = []
+    for block_n in WIDTHS:
+        tiles = [Tile(1, block_n), Tile(2, block_n), Tile(1, block_n, 2)]
+        tiles += [Tile(2, block_n, m, pingpong=True) for m in (1, 2)]
+        tiles += [Tile(g, block_n, split=s) for g in (1, 2) for s in range(2, min(blocks, 8) + 1)]
+        tiles += [replace(t, shared=s) for t in tiles if t.split == 1 for s in ("weight", "x")]
+        tiles = [t for t in tiles if not t.problem(gated, norm, quantised)]
+        found += [t for t in tiles if _fits(t, blocks, gated, norm)]
+    return found
+
+
+def _fits(tile: Tile, blocks: int, gated: bool, norm: bool) -> bool:
+    """Whether three stages fit beside a residual, or as many as there are K blocks."""
+    stages = min(3, max(2, -(-blocks // tile.split)))
+    needed = tile.layout(stages, gated, norm, residual=not gated)["BYTES"]
+    return needed <= SMEM_BYTES
+
+
+def choose_softmax_tile(
+    rows: int, n: int, blocks: int, width: int, fp8: bool = False, quantised: bool = False
+) -> Tile:
+    """As choose_tile, among the tiles that hold whole softmaxes of `width` columns."""
+    op = "linear_softmax" + ("_fp8" if fp8 else "") + ("_to_e4m3" if quantised else "")
+
+    def fits(tile: Tile) -> bool:
+        return tile.split == 1 and tile.block_n % width == 0
+
+    return tuning.tile_for(
+        op,
+        {"m": rows, "n": n, "blocks": blocks, "width": width},
+        lambda: [t for t in candidates(blocks, norm=True, quantised=quantised) if fits(t)],
+        lambda tile: tile.clocks(rows, n, blocks),
+    )

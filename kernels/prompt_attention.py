@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirage_hello.kernels import layer_norm_linear, linear_sm90a
+from mirage_hello.kernels import layer_norm_linear, linear_fp8, linear_sm90a
 from mirage_hello.kernels.row_sums import RowSums
 
 log = logging.getLogger("mirage_hello")
@@ -31,6 +31,7 @@ WIDTHS = tuple(
     width for width in range(8, 257, 8) if any(n % width == 0 for n in linear_sm90a.WIDTHS)
 )
 LARGEST_ERROR = 1e-2  # of the self-test: bfloat16's rounding of P alone is 2e-3
+P_SCALE = 1 / linear_fp8.LARGEST  # of probabilities in e4m3
 NOWHERE = -1e30  # in the place of -inf, whose products with 0 would be NaN
 
 
@@ -102,6 +103,42 @@ def probabilities(x: Tensor, prompt: Prompt, eps: float, sums: RowSums | None = 
     """
     weights = prompt.scores, prompt.columns
     return linear_sm90a.softmaxed(x, *weights, prompt.width, eps, sums)
+
+
+@dataclass(frozen=True)
+class Fp8Prompt:
+    """A folded prompt in e4m3, as `quantise` makes it: both of its layers, and `Prompt.width`.
+
+    Probabilities are at most 1: their scale is P_SCALE, which needs no calibration.
+    """
+
+    scores: linear_fp8.Fp8Folded
+    values: linear_fp8.Fp8Linear
+    width: int
+
+
+def quantise(prompt: Prompt, x_scale: float, bias: Tensor | None) -> Fp8Prompt:
+    """A folded prompt in e4m3.
+
+    Args:
+        x_scale: of the rows before the layer_norm. bias: [C], of the projection out, or None.
+    """
+    folded = layer_norm_linear.FoldedLinear(prompt.scores, prompt.columns)
+    scores = linear_fp8.fold(folded, x_scale)
+    return Fp8Prompt(scores, linear_fp8.pack(prompt.values, P_SCALE, bias), prompt.width)
+
+
+def probabilities_fp8(
+    sums: RowSums, prompt: Fp8Prompt, eps: float = 1e-5, tile: linear_sm90a.Tile | None = None
+) -> Tensor:
+    """P / P_SCALE [..., heads width] in e4m3; what follows is linear_fp8(P, prompt.values, x).
+
+    Args:
+        sums: of x's rows, with their copy in e4m3 (`linear_fp8.linear_fp8_summed`).
+    """
+    scores = prompt.scores
+    given = (linear_fp8.copy_of(sums), scores.weight, scores.columns, prompt.width, eps, sums, tile)
+    return linear_sm90a.softmaxed(*given, scores.factor, P_SCALE)
 
 
 @functools.cache

@@ -20,10 +20,12 @@ class RowSums:
 
     values: float32 [M, P, 2], mean and M2 = sum (y - mean)^2 of `width` neighbouring columns, of
         the values as they were rounded; the last part may have fewer.
+    copy: the output once more, in e4m3, where the linear behind it multiplies that; or None.
     """
 
     values: Tensor
     width: int
+    copy: Tensor | None = None
 
     def variables(self, depth: int) -> dict[str, Any]:
         """Template variables of the linear that merges them; `depth`: columns in all."""

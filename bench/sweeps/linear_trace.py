@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mirage_hello.kernels import linear_launch
 from mirage_hello.kernels import linear_sm90a as gemm
 from mirage_hello.kernels.linear_sm90a import Tile
 from mirage_hello.ptx import loader
@@ -83,7 +84,7 @@ def traced(text: str) -> str:
 
 
 class Traced:
-    """Stands in for the program that linear_sm90a launches, with one more argument."""
+    """Stands in for the program that linear_launch launches, with one more argument."""
 
     def __init__(self, program: loader.Program) -> None:
         self.program = loader.Program("linear.sm90a traced", traced(program.text or ""))
@@ -99,13 +100,13 @@ class Traced:
 def measure(m: int, k: int, n: int, tile: Tile, device: str = "cuda") -> dict[str, float]:
     x, weight = (torch.randn(s, k, device=device, dtype=torch.bfloat16) for s in (m, n))
     made: list[Traced] = []
-    original = gemm.program
+    original = linear_launch.program
 
-    def program(*args: Any) -> Any:
-        made[:] = made or [Traced(original(*args))]
+    def program(*args: Any, **options: Any) -> Any:
+        made[:] = made or [Traced(original(*args, **options))]
         return made[0]
 
-    gemm.program = program  # type: ignore[assignment]
+    linear_launch.program = program  # type: ignore[assignment]
     try:
         gemm.linear_sm90a(x, weight, tile=tile)
         made[0].buffers.clear()
@@ -117,7 +118,7 @@ def measure(m: int, k: int, n: int, tile: Tile, device: str = "cuda") -> dict[st
             graph.replay()
         torch.cuda.synchronize()
     finally:
-        gemm.program = original
+        linear_launch.program = original
     return steps([b.cpu().tolist() for b in made[0].buffers])
 
 
