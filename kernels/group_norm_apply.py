@@ -40,6 +40,14 @@ class Cut:
     vecs: int
     together: int = 0
 
+    def __post_init__(self) -> None:
+        threads = self.threads % 32 == 0 and 32 <= self.threads <= 1024
+        if not (threads and self.slab_groups > 0 < self.vecs <= MAX_VECS and self.together >= 0):
+            raise ValueError(
+                f"group_norm_apply: a cut is 1 group or more, 32 to 1024 threads in whole warps, "
+                f"1 to {MAX_VECS} accesses, and together 0 or more (got {self}); leave cut out"
+            )
+
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory that nothing uses: it keeps more blocks away."""
@@ -85,6 +93,11 @@ def group_norm_apply(
     pixels, width = math.prod(spatial), channels // norm.groups
     cut = cut or choose_cut(images, pixels, norm.groups, width * x.element_size())
     columns = cut.slab_groups * width * x.element_size() // 16
+    if norm.groups % cut.slab_groups or columns > cut.threads:
+        raise ValueError(
+            f"group_norm_apply: slab_groups must divide the groups, a slab's 16-byte columns must "
+            f"not exceed the threads (got {cut}, {norm.groups} groups, {columns} columns)"
+        )
     chunk = cut.threads // columns * cut.vecs
     program = _program(x, norm, skip, cut, columns, out_scale is not None)
     grid = (-(-pixels // chunk), norm.groups // cut.slab_groups, images)

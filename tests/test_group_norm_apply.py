@@ -137,3 +137,13 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=text):
             group_norm_apply(*args)
+
+
+def test_cuts_that_do_not_exist():
+    for cut in ((8, 128, 1, -1), (0, 128, 1), (8, 100, 1), (8, 128, 9), (8, 128, 0)):
+        with pytest.raises(ValueError, match=r"a cut is 1 group or more.*got Cut\(slab_groups"):
+            Cut(*cut)
+    x, norm, _ = problem(SHAPES[0], torch.bfloat16, "cpu")
+    for cut in (Cut(3, 128, 1), Cut(32, 32, 1)):  # 32 groups; 320 channels are 40 columns
+        with pytest.raises(ValueError, match="slab_groups must divide"):
+            group_norm_apply(x, norm, cut=cut)
