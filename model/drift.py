@@ -14,7 +14,19 @@ from mirage_hello.model import metrics
 if TYPE_CHECKING:
     from mirage_hello.model.evaluation import EvalConfig
 
-COLLAPSE_DB = 3.0  # a stream that loses more has collapsed
+# A stream has collapsed when, over its last 15 %, any of these holds.
+FALL_DB = 3.0  # its PSNR fell by more since the end of the burn-in
+BELOW_FLAT_DB = 6.0  # its PSNR is so far below a flat picture in the truth's mean colour: an
+# unrelated picture of the truth's variance is 3 dB below, wrong colours cost a sound one up to 4
+# One of these statistics is below half of the least that the style's truth shows, or above one and
+# a half times the most and a tenth: greyed, flattened, burnt out.
+RANGED = ("saturation", "contrast", "clipped")
+SHRUNK, GROWN, MORE = 0.5, 1.5, 0.1
+FIRST_FRAMES = 10  # of a run: what the true frames in the memory give
+CURVES = (
+    "psnr", "psnr_flat", "ssim", "warp", "warp_truth", "output_brightness", "truth_brightness",
+    "output_saturation", "truth_saturation", "output_contrast", "truth_contrast",
+)  # fmt: skip
 
 
 @dataclass
@@ -42,19 +54,50 @@ class Curves:
 def drift(curves: Curves, name: str) -> dict[str, float]:
     """How far a statistic moves between the first and last 15 %, beyond what the truth does.
 
-    (late - early of output) - (late - early of truth), over the early value of the truth; the
-    clipped share as it is.
+    (late - early of output) - (late - early of truth), over the early value of the output, its mean
+    over streams; the clipped share as it is.
 
     Returns:
-        "mean": |mean over streams|; "worst": the largest |value| of a stream.
+        "mean": |mean over streams|; "worst": the largest |value| of a stream; "output", "truth":
+        the two moves alone, means over streams, with their signs.
     """
-    output, truth = curves.get(f"output_{name}"), curves.get(f"truth_{name}")
-    early, late = metrics.ends(output - truth)
-    base, _ = metrics.ends(truth)
-    # A share of clipped pixels is a fraction already, and the truth's may be 0.
-    scale = torch.ones(()) if name == "clipped" else base.mean().clamp_min(1e-3)
-    moved = (late - early) / scale
-    return {"mean": abs(float(moved.mean())), "worst": float(moved.abs().max())}
+    (early, late), (true_early, true_late) = (
+        metrics.ends(curves.get(f"{whose}_{name}")) for whose in ("output", "truth")
+    )
+    # A share of clipped pixels is a fraction already, and may be 0.
+    scale = torch.ones(()) if name == "clipped" else early.mean().clamp_min(1e-3)
+    own, true = (late - early) / scale, (true_late - true_early) / scale
+    return {
+        "mean": abs(float((own - true).mean())),
+        "worst": float((own - true).abs().max()),
+        "output": float(own.mean()),
+        "truth": float(true.mean()),
+    }
+
+
+def collapses(curves: Curves, names: Sequence[str]) -> list[str | None]:
+    """Why each stream has collapsed by the end of these curves; None for one that has not.
+
+    Early falls count as well as late ones: what a stream shows in its last 15 % is held against the
+    truth, not against the stream's own beginning alone.
+    """
+    early, late = metrics.ends(curves.get("psnr"))
+    _, flat = metrics.ends(curves.get("psnr_flat"))
+    found: list[str | None] = [None] * len(names)
+    for name in RANGED:
+        _, values = metrics.ends(curves.get(f"output_{name}"))
+        truth = curves.get(f"truth_{name}")
+        for i, (style, value) in enumerate(zip(names, values.tolist(), strict=True)):
+            shown = truth[:, [n == style for n in names]]
+            low, high = SHRUNK * float(shown.min()), GROWN * float(shown.max()) + MORE
+            if not low <= value <= high:
+                found[i] = f"{name} {value:.2f}, outside {low:.2f} to {high:.2f}"
+    for i in range(len(names)):
+        if not late[i] >= flat[i] - BELOW_FLAT_DB:
+            found[i] = f"{late[i]:.1f} dB, a flat picture has {flat[i]:.1f}"
+        if not late[i] >= early[i] - FALL_DB:
+            found[i] = f"{late[i]:.1f} dB after {early[i]:.1f}"
+    return found
 
 
 def by_seed(values: Tensor, seeds: int) -> list[float]:
@@ -68,9 +111,10 @@ def summary(config: EvalConfig, curves: Curves, names: Sequence[str]) -> dict[st
     late = curves.between(config.burn_in if config.burn_in < end else 0, end)
     frames, psnr = torch.tensor(late.frames), late.get("psnr")
     slopes = metrics.slope(frames, psnr)
-    first, last = metrics.ends(psnr)
+    early_db, late_db = (float(v.mean()) for v in metrics.ends(psnr))
+    first = curves.between(0, max(FIRST_FRAMES, curves.frames[0] + 1)).get("psnr")
     statistics = [k.removeprefix("truth_") for k in late.values if k.startswith("truth_")]
-    collapsed = (first - last > COLLAPSE_DB).nonzero().flatten().tolist()
+    reasons = collapses(late, names)
     warp, warp_truth = late.get("warp"), late.get("warp_truth")
     return {
         "frames": end,
@@ -81,21 +125,31 @@ def summary(config: EvalConfig, curves: Curves, names: Sequence[str]) -> dict[st
         "psnr_slope_db_per_1000": metrics.interval(by_seed(slopes, config.seeds)).as_dict(),
         "contrast": {name: drift(late, name) for name in statistics},
         "warp_error": {"output": float(warp.mean()), "truth": float(warp_truth.mean())},
-        "collapsed": [f"{names[i]} seed {i % config.seeds}" for i in collapsed],
+        "streams": len(names),
+        "collapsed": [
+            f"{names[i]} seed {i % config.seeds}: {reason}"
+            for i, reason in enumerate(reasons)
+            if reason
+        ],
+        "ends_db": {
+            "first": float(first.mean()), "early": early_db, "late": late_db,
+            "flat": float(late.get("psnr_flat").mean()),
+        },
         "by_style": {
             style: {
-                "psnr_db": float(psnr[:, [n == style for n in names]].mean()),
-                "psnr_slope_db_per_1000": float(slopes[[n == style for n in names]].mean()),
-                "warp_error": float(warp[:, [n == style for n in names]].mean()),
+                "psnr_db": float(psnr[:, same].mean()),
+                "ssim": float(late.get("ssim")[:, same].mean()),
+                "psnr_slope_db_per_1000": float(slopes[same].mean()),
+                "warp_error": float(warp[:, same].mean()),
             }
             for style in config.styles
+            for same in [[n == style for n in names]]
         },
         "curves": {
             "frame": curves.frames,
             **{
                 k: [round(v, 5) for v in curves.get(k).mean(1).tolist()]
-                for k in ("psnr", "ssim", "warp", "output_brightness", "output_saturation",
-                          "truth_brightness", "truth_saturation")
+                for k in CURVES
             },
         },
     }  # fmt: skip

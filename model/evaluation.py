@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,10 +27,10 @@ from mirage_hello.model.data.worlds import Shot, WorldConfig, Worlds
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.drift import Curves, by_seed, excerpt, summary
 from mirage_hello.model.memory_probe import memory_db
+from mirage_hello.model.persistence import persistence
 from mirage_hello.model.rollout import Rollout, quantised
 
-AWAY = 70  # frames of the persistence walk before it turns back
-EARLY = 20  # its first frames are compared: out of view for at least 2 (70 - 20) = 100 frames
+EARLY_EVERY = 4  # the burn-in is measured at least so often
 SHORTER = (1000,)  # a longer run is also summed up to here
 FIRST = 100  # clips are entered here, where snow and puddles have begun
 
@@ -40,10 +39,10 @@ FIRST = 100  # clips are entered here, where snow and puddles have begun
 class EvalConfig:
     """frames of the long run; seeds: how many held-out clips; styles; size in pixels a side.
 
-    every: measure each so many frames; burn_in: frames before the fits begin, while what only the
-    given first frames held is forgotten; cut_frames: mean distance of cuts in the cut run;
-    given: true frames that the memory starts with; seconds: the long run ends when the evaluation
-    has taken so long (0: never).
+    every: measure each so many frames (between them nothing is decoded and no truth is drawn);
+    burn_in: frames before the fits begin, while what only the given first frames held is forgotten;
+    cut_frames: mean distance of cuts in the cut run; given: true frames that the memory starts
+    with; seconds: the long run ends when the evaluation has taken so long (0: never).
     """
 
     frames: int = 1000
@@ -120,6 +119,7 @@ class Evaluation:
         self.clips = self.worlds.clips(self.seeds * len(config.styles))
 
         self.began = time.monotonic()
+        self.stopped = False  # from outside: the long run ends with the next frame
         self.films: dict[tuple[Worlds, bool, bool], Film] = {}
 
     @property
@@ -155,6 +155,14 @@ class Evaluation:
 
     # The runs
 
+    def measured(self, number: int, ends: set[int]) -> bool:
+        """Whether this frame of the long run is: each `every`-th, the last of each end, and more of
+        the burn-in, where a model that collapses may do so."""
+        every = self.config.every
+        if number < self.config.burn_in:
+            every = min(every, EARLY_EVERY)
+        return number % every == 0 or number + 1 in ends
+
     def long_run(
         self, candidates: Sequence[Candidate], keep: Keep | None = None, say: Progress = silent
     ) -> list[Curves]:
@@ -168,17 +176,21 @@ class Evaluation:
         rollouts = self.begin(candidates, self.worlds)
         outputs: list[Tensor] = []
         before: Shot | None = None
-        for number in range(config.frames):
-            last = number == config.frames - 1
-            ends = [c.frames or config.frames for c in candidates]
-            measured = number % config.every == 0 or last
+        ends = [c.frames or config.frames for c in candidates]
+        shown = {*ends, *SHORTER}
+        for number in range(max(ends)):
+            measured = self.measured(number, shown)
             # Truth is drawn one frame ahead too: motion energy needs two in a row.
-            ahead = (number + 1) % config.every == 0 or number == config.frames - 2
-            shot = self.shot(self.worlds, config.given + number, measured or ahead)
-            now = [
-                quantised(rollout.push(shot.view)) if number < end else torch.empty(0)
-                for rollout, end in zip(rollouts, ends, strict=True)
-            ]
+            seen = measured or self.measured(number + 1, shown)
+            shot = self.shot(self.worlds, config.given + number, seen)
+            now = []
+            for rollout, end in zip(rollouts, ends, strict=True):
+                if number < end and seen:
+                    now.append(quantised(rollout.push(shot.view)))
+                    continue
+                now.append(torch.empty(0))
+                if number < end:
+                    rollout.push_unseen(shot.view)
             truth = truth_of(shot, before) if measured and before is not None else {}
             for i, candidate in enumerate(candidates):
                 if measured and before is not None and number < ends[i]:
@@ -189,22 +201,29 @@ class Evaluation:
             outputs, before = now, shot
             if number % 250 == 0:
                 say(f"frame {number}, {time.monotonic() - self.began:.0f} s")
-            if config.seconds and measured and time.monotonic() - self.began > config.seconds:
-                say(f"time is up at frame {number}")
+            late = config.seconds and time.monotonic() - self.began > config.seconds
+            if measured and (late or self.stopped):
+                say(f"ended at frame {number}: {'told to stop' if self.stopped else 'time is up'}")
                 break
         return curves
 
-    def cut_run(self, candidates: Sequence[Candidate]) -> list[list[int]]:
-        """Frames to recover after each cut of every clip; the memory is not told of the cuts."""
+    def cut_run(self, candidates: Sequence[Candidate], keep: Keep | None = None) -> list[list[int]]:
+        """Frames to recover after each cut of every clip; the memory is not told of the cuts.
+
+        Args:
+            keep: as in `long_run`, called with every frame.
+        """
         config = self.config
         rollouts = self.begin(candidates, self.cut_worlds)
         errors: list[list[Tensor]] = [[] for _ in candidates]
         cuts = []
         for frame in range(config.given, config.given + config.cut_run):
             shot = self.shot(self.cut_worlds, frame, True)
-            for rollout, rows in zip(rollouts, errors, strict=True):
+            for candidate, rollout, rows in zip(candidates, rollouts, errors, strict=True):
                 output = quantised(rollout.push(shot.view))
                 rows.append((output - shot.target).square().mean((1, 2, 3)))
+                if keep is not None:
+                    keep(candidate.name, frame - config.given, shot.view, output, shot.target)
             cuts.append(shot.cut)
         cut = torch.stack(cuts).cpu()
         settle = min(40, config.cut_frames // 3)
@@ -217,38 +236,6 @@ class Evaluation:
                 frames += metrics.recovery(error[:, stream], at, settle)
             found.append(frames)
         return found
-
-    def persistence(self, candidates: Sequence[Candidate]) -> list[list[float]]:
-        """1 - |returned - first| / |truth - other truth| per stream, over what left the view.
-
-        The camera goes AWAY frames along its path, at double speed, and back the same way. The
-        divisor is how much the truth differs from a clip of the same geometry with other private
-        dice: 1 is a perfect memory, 0 remembers nothing (the same size of difference).
-        """
-        rollouts = self.begin(candidates, self.worlds)
-        start = self.config.given
-        firsts: dict[int, list[Tensor]] = {}
-        kept = torch.zeros(len(candidates), self.batch, device=self.device)
-        scale = torch.zeros(self.batch, device=self.device)
-        for step in [*range(AWAY + 1), *range(AWAY - 1, -1, -1)]:
-            compared = step in firsts and step < EARLY
-            shot = self.shot(self.worlds, start + 2 * step, compared)
-            outputs = [quantised(rollout.push(shot.view)) for rollout in rollouts]
-            if compared:
-                other = self.shot(self.worlds, start + 2 * step, True, self.other_dice)
-                scale += (shot.target - other.target).abs().mean((1, 2, 3))
-                for i, (output, first) in enumerate(zip(outputs, firsts[step], strict=True)):
-                    kept[i] += (output - first).abs().mean((1, 2, 3))
-            firsts.setdefault(step, outputs if step < EARLY else [])
-        return (1 - kept / scale.clamp_min(1e-6)).tolist()
-
-    @cached_property
-    def other_dice(self) -> City:
-        """The same geometry with the private dice and textures of other clips."""
-        other = self.worlds.clips([s + 500 for s in self.seeds] * len(self.config.styles))
-        return City(
-            self.clips.seeds, self.clips.cells, self.clips.kinds, other.scalars, other.textures
-        )
 
     def ceiling(self, candidate: Candidate) -> float:
         """PSNR in dB of the truth through the autoencoder alone: the most that is possible."""
@@ -276,6 +263,8 @@ def truth_of(shot: Shot, before: Shot) -> dict[str, Tensor]:
     """The same measures of the truth, each [B]."""
     visible = metrics.visible_before(shot.motion, before.depth, shot.previous_depth)
     row = {"warp_truth": metrics.warp_error(shot.target, before.target, shot.motion, visible)}
+    mean = shot.target.mean((2, 3), keepdim=True)
+    row["psnr_flat"] = metrics.psnr(mean.expand_as(shot.target), shot.target)
     for name, value in metrics.statistics(shot.target, before.target).items():
         row[f"truth_{name}"] = value
     return row
@@ -286,11 +275,12 @@ def evaluate(
     evaluation: Evaluation,
     keep: Keep | None = None,
     say: Progress = silent,
+    keep_cuts: Keep | None = None,
 ) -> list[dict[str, Any]]:
     """All numbers of the candidates, in their order.
 
     Args:
-        keep: see `Evaluation.long_run`; say: told what runs.
+        keep, keep_cuts: see `Evaluation.long_run` and `cut_run`; say: told what runs.
     """
     config = evaluation.config
     say(f"{config.frames} frames, {evaluation.batch} streams, {len(candidates)} candidates")
@@ -299,13 +289,13 @@ def evaluate(
     if full:
         chosen = [candidates[i] for i in full]
         say("cuts")
-        for i, recoveries in zip(full, evaluation.cut_run(chosen), strict=True):
+        for i, recoveries in zip(full, evaluation.cut_run(chosen, keep_cuts), strict=True):
             mean = sum(recoveries) / len(recoveries) if recoveries else None
             results[i]["cut_recovery_frames"] = {
                 "mean": mean, "largest": max(recoveries, default=None), "cuts": len(recoveries),
             }  # fmt: skip
         say("persistence")
-        for i, values in zip(full, evaluation.persistence(chosen), strict=True):
+        for i, values in zip(full, persistence(evaluation, chosen), strict=True):
             means = by_seed(torch.tensor(values), config.seeds)
             results[i]["persistence"] = metrics.interval(means).as_dict()
         say("memory")

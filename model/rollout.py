@@ -88,8 +88,18 @@ class Rollout:
         self.views.copy_(views)
         return self.captured("frame", self.frame)[0]["frames"]
 
+    @torch.no_grad()
+    def push_unseen(self, views: Tensor) -> None:
+        """`push` of a frame that nobody looks at: the memory holds latents, so none is decoded."""
+        self.views.copy_(views)
+        self.captured("latents", lambda: ({"latents": self.latents()}, {}))
+
     def frame(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One frame of `self.views`, on the device alone."""
+        return {"frames": self.autoencoder.decode(self.latents()).float()}, {}
+
+    def latents(self) -> Tensor:
+        """The next output's latents, remembered."""
         latents = self.autoencoder.encode(self.views.to(self.dtype))
         if not self.remember:
             self.memory.reset()
@@ -106,7 +116,7 @@ class Rollout:
         x = self.sampler(denoise, self.sigmas[0] * self.normal(*self.shape), self.sigmas, fresh)
         latents = x.to(self.dtype)
         self.memory.push(latents)
-        return {"frames": self.autoencoder.decode(latents).float()}, {}
+        return latents
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, device=self.device)

@@ -1,20 +1,21 @@
-"""Evaluation: measures against their definitions, and oracles whose result is known in advance."""
+"""`mirage eval`: the command, its requirements, joined and interrupted parts, pictures and page."""
 
+import copy
 import json
-import math
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 from training_driver import add_minute_model
 
-from mirage_hello.model import checkpoint, memory_probe, metrics
+from mirage_hello.model import checkpoint, persistence
 from mirage_hello.model import evaluation as ev
+from mirage_hello.model.data.png import png
 from mirage_hello.model.presets import PRESETS, build
-from mirage_hello.model.rollout import Rollout
 from mirage_hello.tools import cli, eval_page
-from mirage_hello.tools.eval import requirements
-from mirage_hello.tools.eval_strips import png
+from mirage_hello.tools.eval_requirements import requirements, unmeasured
 
 
 @pytest.fixture
@@ -24,263 +25,6 @@ def minute_checkpoint(tmp_path):
     checkpoint.save(path, *build("minute"))
     yield path
     PRESETS.pop("minute")
-
-
-# Measures
-
-
-def test_psnr_of_a_known_error():
-    a = torch.zeros(2, 3, 8, 8)
-    b = a + torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)
-    assert metrics.psnr(a, b).tolist() == pytest.approx([20.0, 40.0], abs=1e-3)
-    assert metrics.psnr(a, a).tolist() == [100.0, 100.0]
-
-
-def test_ssim_of_equal_noisy_and_inverted(seed):
-    torch.manual_seed(seed)
-    a = torch.rand(1, 3, 32, 32) * 2 - 1
-    assert metrics.ssim(a, a).item() == pytest.approx(1.0, abs=1e-5)
-    assert metrics.ssim(a, -a).item() < 0
-    noisy = metrics.ssim((a + 0.3 * torch.randn_like(a)).clamp(-1, 1), a).item()
-    assert 0.1 < noisy < 0.95
-
-
-def test_ssim_formula_on_constant_pictures():
-    a, b = torch.full((1, 3, 16, 16), -0.2), torch.full((1, 3, 16, 16), 0.4)
-    x, y = 0.4, 0.7  # their lumas in [0, 1]; variances are 0
-    expected = (2 * x * y + 0.01**2) / (x * x + y * y + 0.01**2)
-    assert metrics.ssim(a, b).item() == pytest.approx(expected, abs=1e-4)
-
-
-def test_statistics_move_the_way_they_are_named(seed):
-    torch.manual_seed(seed)
-    a = (torch.rand(1, 3, 32, 32) - 0.5) * 1.2
-    base = metrics.statistics(a, a)
-    assert metrics.statistics(a + 0.2, a)["brightness"] > base["brightness"]
-    assert metrics.statistics(a * 0.5, a)["contrast"] < base["contrast"]
-    assert metrics.statistics(a * 9, a)["clipped"].clamp_min(0) >= base["clipped"]
-    grey = a.mean(1, keepdim=True).expand_as(a)
-    assert metrics.statistics(grey, a)["saturation"].item() == pytest.approx(0, abs=1e-6)
-    blurred = torch.nn.functional.avg_pool2d(a, 3, 1, 1)
-    assert metrics.statistics(blurred, a)["sharpness"] < base["sharpness"]
-    assert base["motion"].item() == 0
-
-
-def test_warp_undoes_a_shift_and_sees_flicker():
-    picture = torch.rand(1, 3, 16, 16)
-    shifted = picture.roll(2, 3)
-    motion = torch.zeros(1, 2, 16, 16)
-    motion[:, 0] = -2  # two pixels to the left it was, one frame earlier
-    depth = torch.full((1, 1, 16, 16), 5.0)
-    visible = metrics.visible_before(motion, depth, depth)
-    assert visible[..., :2].sum() == 0 and visible[..., 2:].min() == 1
-    assert metrics.warp_error(shifted, picture, motion, visible).item() == pytest.approx(
-        0, abs=1e-5
-    )
-    flicker = metrics.warp_error(shifted + 0.1, picture, motion, visible)
-    assert flicker.item() == pytest.approx(0.05, abs=1e-4)
-    hidden = metrics.visible_before(motion, depth, depth * 2)
-    assert hidden.sum() == 0
-
-
-def test_interval_is_students():
-    found = metrics.interval([1.0, 2.0, 3.0, 4.0])
-    half = 3.182 * math.sqrt(5 / 3) / 2
-    assert (found.mean, found.low, found.high) == pytest.approx((2.5, 2.5 - half, 2.5 + half))
-    assert metrics.interval([5.0]).as_dict() == {"mean": 5.0, "low": None, "high": None}
-
-
-def test_interval_covers_the_truth_95_times_in_100():
-    generator = torch.Generator().manual_seed(0)
-    hits = 0
-    for _ in range(1000):
-        found = metrics.interval((1 + torch.randn(8, generator=generator)).tolist())
-        hits += found.low <= 1 <= found.high
-    assert 930 <= hits <= 970
-
-
-def test_slope_and_ends():
-    frames = torch.arange(0, 1000, 10)
-    values = torch.stack((20 - 0.002 * frames, 0.0 * frames + 7), 1)
-    assert metrics.slope(frames, values).tolist() == pytest.approx([-2.0, 0.0], abs=1e-6)
-    early, late = metrics.ends(values)
-    assert early[0] > late[0] and early[1] == late[1] == 7
-
-
-def test_recovery_counts_frames_above_the_settled_level():
-    errors = torch.ones(300)
-    errors[100:107] = 5.0
-    errors[200:230] = 5.0
-    assert metrics.recovery(errors, [100, 200], settle=40) == [7, 30]
-    assert metrics.recovery(errors, [290], settle=40) == []  # too close to the end to settle
-
-
-# Oracles through the whole evaluation
-
-
-class Oracle:
-    """A rollout that knows the truth: its output is `answer(truth, number of the frame)`."""
-
-    def __init__(self, evaluation, answer):
-        self.evaluation, self.answer, self.number = evaluation, answer, 0
-
-    def remember_true(self, frames):
-        pass
-
-    def push(self, views):
-        truth = self.evaluation.last
-        self.number += 1
-        return self.answer(truth, self.number)
-
-
-def oracle_evaluation(monkeypatch, answer, **values):
-    """An evaluation whose candidate answers from the truth of the frame that it is shown."""
-    settings = {"frames": 24, "seeds": 2, "styles": ("clay",), "size": 24, "supersample": 1}
-    config = ev.EvalConfig(**{**settings, "every": 4, "burn_in": 4, **values})
-    evaluation = ev.Evaluation(config, torch.device("cpu"))
-    shot = ev.Evaluation.shot
-
-    def remembered(self, worlds, frame, truth, clips=None):
-        found = shot(self, worlds, frame, True, clips)
-        if clips is None:
-            self.last = found.target
-        return found
-
-    monkeypatch.setattr(ev.Evaluation, "shot", remembered)
-    monkeypatch.setattr(
-        ev.Evaluation, "rollout", lambda self, candidate, seed=0: Oracle(evaluation, answer)
-    )
-    return evaluation
-
-
-CANDIDATE = ev.Candidate("oracle", None, None)
-
-
-def test_a_perfect_model_is_measured_as_perfect(monkeypatch):
-    evaluation = oracle_evaluation(monkeypatch, lambda truth, n: truth)
-    (curves,) = evaluation.long_run([CANDIDATE])
-    found = ev.summary(evaluation.config, curves, evaluation.names)
-    assert curves.frames == [*range(4, 24, 4), 23]
-    assert found["psnr_db"]["mean"] > 50 and found["ssim"]["mean"] > 0.999  # bytes are rounded
-    assert abs(found["psnr_slope_db_per_1000"]["mean"]) < 5
-    assert all(v["mean"] < 0.03 for v in found["contrast"].values())
-    assert found["warp_error"]["output"] == pytest.approx(found["warp_error"]["truth"], rel=0.1)
-    assert not found["collapsed"]
-
-
-def test_a_drifting_model_is_caught(monkeypatch):
-    evaluation = oracle_evaluation(monkeypatch, lambda truth, n: truth + 0.01 * n)
-    (curves,) = evaluation.long_run([CANDIDATE])
-    found = ev.summary(evaluation.config, curves, evaluation.names)
-    assert found["psnr_slope_db_per_1000"]["high"] < -100
-    assert found["contrast"]["brightness"]["mean"] > 0.1
-    assert len(found["collapsed"]) == 2
-
-
-def test_a_flickering_model_is_caught(monkeypatch):
-    steady = oracle_evaluation(monkeypatch, lambda truth, n: truth)
-    a = ev.summary(steady.config, steady.long_run([CANDIDATE])[0], steady.names)
-    flicker = oracle_evaluation(monkeypatch, lambda truth, n: truth + 0.2 * (-1) ** n)
-    b = ev.summary(flicker.config, flicker.long_run([CANDIDATE])[0], flicker.names)
-    assert b["warp_error"]["output"] > 2 * a["warp_error"]["output"]
-
-
-def test_persistence_is_one_for_memory_and_less_for_none(monkeypatch):
-    monkeypatch.setattr(ev, "AWAY", 6)
-    monkeypatch.setattr(ev, "EARLY", 2)
-    evaluation = oracle_evaluation(monkeypatch, lambda truth, n: truth)
-    assert evaluation.persistence([CANDIDATE])[0] == pytest.approx([1.0, 1.0], abs=0.01)
-    forget = oracle_evaluation(monkeypatch, lambda t, n: t if n < 8 else -t)
-    assert max(forget.persistence([CANDIDATE])[0]) < 0.3
-
-
-def test_cut_recovery_of_a_slow_model(monkeypatch):
-    state = {"since": 100}
-
-    def answer(truth, n):
-        state["since"] = 0 if evaluation.cut_now else state["since"] + 1
-        return truth + (0.5 if state["since"] < 5 else 0.1)
-
-    evaluation = oracle_evaluation(
-        monkeypatch, answer, seeds=1, cut_frames=24, cut_run=60, burn_in=0
-    )
-    evaluation.cut_now = False
-    shot = ev.Evaluation.shot
-
-    def watched(self, worlds, frame, truth, clips=None):
-        found = shot(self, worlds, frame, truth, clips)
-        self.cut_now = bool(found.cut.any()) and frame > 0
-        return found
-
-    monkeypatch.setattr(ev.Evaluation, "shot", watched)
-    (recoveries,) = evaluation.cut_run([CANDIDATE])
-    assert recoveries and all(4 <= r <= 6 for r in recoveries)
-
-
-def test_memory_of_a_copier_a_forgetter_and_one_that_fades(monkeypatch):
-    """Oracles: what each rollout answers from the truth and from what its memory holds."""
-    monkeypatch.setattr(memory_probe, "FRAMES", 5)
-    evaluation = oracle_evaluation(monkeypatch, lambda truth, n: truth)
-
-    class Fading:
-        """Draws the truth with an error that grows by every frame of its own in the memory."""
-
-        def __init__(self, candidate):
-            self.remember, self.error = candidate.remember, 0.0
-
-        def remember_true(self, frames):
-            self.error = 0.0
-
-        correct = remember_true
-
-        def push(self, views):
-            self.error = self.error + 0.02 if self.remember else 0.2
-            return evaluation.truth_now + self.error
-
-    shot = evaluation.shot
-
-    def watched(*arguments):
-        found = shot(*arguments)
-        found.target.mul_(0.5)  # room for errors without clipping
-        evaluation.truth_now = found.target
-        return found
-
-    monkeypatch.setattr(evaluation, "shot", watched)
-    monkeypatch.setattr(evaluation, "rollout", lambda candidate, seed=0: Fading(candidate))
-    (found,) = memory_probe.memory_db(evaluation, [CANDIDATE])
-    expected = {"true": 0.02, "own": 0.1, "none": 0.2}
-    for name, error in expected.items():
-        assert found[name] == pytest.approx(20 * math.log10(2 / error), abs=1.0)
-
-
-def test_a_corrected_memory_holds_the_truth():
-    add_minute_model()
-    denoiser, autoencoder = build("minute")
-    rollout = Rollout(denoiser, autoencoder, [0], 16, 16, steps=1)
-    truth = torch.rand(1, 3, 16, 16) * 2 - 1
-    rollout.remember_true(truth)
-    rollout.push(-truth)
-    sink = rollout.memory.sink.clone()
-    rollout.correct(truth)
-    newest, before = rollout.memory.history[:, :4], rollout.memory.history[:, 4:8]
-    assert torch.equal(newest, before) and torch.equal(rollout.memory.sink, sink)
-    PRESETS.pop("minute")
-
-
-def test_unknown_style_is_named():
-    with pytest.raises(ValueError, match="unknown style 'oil'; known: neon_city"):
-        ev.Evaluation(ev.EvalConfig(styles=("oil",)), torch.device("cpu"))
-
-
-def test_other_dice_change_the_truth_and_not_the_view():
-    config = ev.EvalConfig(seeds=1, styles=("neon_city",), size=32, supersample=1)
-    evaluation = ev.Evaluation(config, torch.device("cpu"))
-    a = evaluation.shot(evaluation.worlds, 3, True)
-    b = evaluation.shot(evaluation.worlds, 3, True, evaluation.other_dice)
-    assert torch.equal(a.view, b.view) and (a.target - b.target).abs().mean() > 0.02
-
-
-# The command
 
 
 def check_parts(result, path, capsys):
@@ -305,8 +49,8 @@ def check_parts(result, path, capsys):
 
 
 def test_a_part_of_the_candidates(tmp_path, minute_checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(ev, "AWAY", 2)
-    monkeypatch.setattr(ev, "EARLY", 1)
+    monkeypatch.setattr(persistence, "AWAY", 2)
+    monkeypatch.setattr(persistence, "EARLY", 1)
     arguments = ["eval", "--checkpoint", str(minute_checkpoint), "--frames", "6", "--seeds", "1",
                  "--styles", "clay", "--size", "16", "--supersample", "1", "--device", "cpu",
                  "--cut-frames", "3", "--out", str(tmp_path)]  # fmt: skip
@@ -318,8 +62,8 @@ def test_a_part_of_the_candidates(tmp_path, minute_checkpoint, monkeypatch, caps
 
 
 def test_eval_writes_results_pictures_and_a_page(tmp_path, minute_checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(ev, "AWAY", 2)
-    monkeypatch.setattr(ev, "EARLY", 1)
+    monkeypatch.setattr(persistence, "AWAY", 2)
+    monkeypatch.setattr(persistence, "EARLY", 1)
     code = cli.main(
         ["eval", "--checkpoint", str(minute_checkpoint), "--steps", "1", "2", "--frames", "8",
          "--seeds", "2", "--styles", "clay", "--size", "16", "--supersample", "1",
@@ -347,18 +91,116 @@ def test_eval_writes_results_pictures_and_a_page(tmp_path, minute_checkpoint, mo
     assert (tmp_path / "eval" / "minute.png").stat().st_size > 5000
 
 
-def test_requirements_read_the_numbers():
-    slope = {"mean": -0.01, "low": -0.05, "high": -0.001}
+def whole_result() -> dict:
+    """A result that meets every requirement."""
     model = {
-        "psnr_slope_db_per_1000": slope, "collapsed": [], "contrast": {"red": {"mean": 0.01}},
-        "warp_error": {"output": 0.02}, "psnr_db": {"mean": 24.0},
+        "steps": 2, "frames": 5000, "streams": 40, "collapsed": [], "psnr_db": {"mean": 24.0},
+        "psnr_slope_db_per_1000": {"mean": -0.01, "low": -0.05, "high": -0.001},
+        "contrast": {"red": {"mean": 0.01}, "clipped": {"mean": 0.002}},
+        "warp_error": {"output": 0.012, "truth": 0.009}, "ends_db": {"first": 27.0, "late": 24.0},
     }  # fmt: skip
-    bad = {**model, "warp_error": {"output": 0.03}, "collapsed": ["clay seed 1"]}
+    model["shorter"] = {"1000": {"psnr_db": {"mean": 24.5}, "warp_error": model["warp_error"]}}
+    teacher = {**model, "steps": 8, "frames": 1000, "psnr_db": {"mean": 24.9}, "shorter": {}}
+    forgetful = {**teacher, "steps": 2, "warp_error": {"output": 0.025, "truth": 0.009}}
+    dead = [f"clay seed {i}: 9.0 dB, a flat picture has 18.0" for i in range(21)]
+    fragile = {**teacher, "steps": 2, "collapsed": dead, "ends_db": {"first": 26.0, "late": 9.0}}
+    result = {
+        "models": {"1-step": {**model, "steps": 1}, "2-step": model, "teacher-8-step": teacher},
+        "ablations": {"no-history": forgetful, "no-augmentation": fragile},
+        "settings": {"frames": 5000},
+    }
+    return copy.deepcopy(result)
 
-    result = {"models": {"2-step": model}, "ablations": {"no-history": bad, "no-augmentation": bad}}
-    assert [c["passed"] for c in requirements(result)] == [True, True, True, False, True]
-    slope["low"] = -0.2  # costs 1 dB over 5000 frames, and zero is not inside
-    assert not requirements(result)[0]["passed"]
+
+def failed(result: dict) -> list[str]:
+    return [check["text"] for check in requirements(result) if not check["passed"]]
+
+
+def test_a_whole_result_meets_every_requirement():
+    checks = requirements(whole_result())
+    assert len(checks) == 3 * 4 + 2 + 2 and not failed(whole_result())
+    values = {check["text"]: check["value"] for check in checks}
+    assert values["2-step within 0.5 dB of the teacher"] == "0.40 dB lost"
+    text = values["without history at least 2 times the flicker"]
+    assert text == "2.08 (beyond the truth's own: 5.3)"
+    assert "21 of 40 streams; 26.0 dB at first, 9.0 late" in values.values()
+    assert not unmeasured(whole_result())
+
+
+FAULTS = {
+    "frames in closed loop": ("models", {"frames": 891}),
+    "PSNR slope": ("models", {"psnr_slope_db_per_1000": {"mean": -1, "low": -1.1, "high": -0.9}}),
+    "collapses": ("models", {"collapsed": ["clay seed 1: 9.0 dB after 20.0"]}),
+    "contrast below 3%": ("models", {"contrast": {"blue": {"mean": 0.031}}}),
+    "0.5 dB of the teacher": ("models", {"shorter": {"1000": {"psnr_db": {"mean": 24.3}}}}),
+    "times the flicker": ("no-history", {"warp_error": {"output": 0.0239, "truth": 0.009}}),
+    "most streams collapse": ("no-augmentation", {"collapsed": ["clay seed 1"] * 20}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_each_requirement_can_fail_alone(what):
+    result, (where, change) = whole_result(), FAULTS[what]
+    broken = result["models"]["2-step"] if where == "models" else result["ablations"][where]
+    if "shorter" in change:
+        broken["shorter"]["1000"] |= change["shorter"]["1000"]
+    else:
+        broken |= change
+    (text,) = failed(result)
+    assert what in text
+
+
+def test_one_step_may_lose_more_and_a_seed_alone_has_no_interval():
+    result = whole_result()
+    result["models"]["1-step"]["shorter"] = {"1000": {"psnr_db": {"mean": 23.5}}}
+    assert not failed(result)
+    result["models"]["1-step"]["shorter"] = {"1000": {"psnr_db": {"mean": 23.3}}}
+    assert failed(result) == ["1-step within 1.5 dB of the teacher"]
+    result = whole_result()
+    result["models"]["2-step"]["psnr_slope_db_per_1000"] = {"mean": 0.0, "low": None, "high": None}
+    assert "slope" in failed(result)[0]
+
+
+def test_what_was_not_measured_is_said():
+    result = whole_result()
+    del result["ablations"]["no-augmentation"], result["models"]["teacher-8-step"]
+    result["settings"]["frames"] = 1000
+    assert unmeasured(result) == ["teacher", "no-augmentation", "5000 frames"]
+
+
+def test_sigterm_ends_the_run_and_what_was_measured_is_written(tmp_path, minute_checkpoint, capsys):
+    """As `timeout` ends a part: the parts are joined all the same, and one is known to be short."""
+    saved = ev.Evaluation.long_run
+    parts = []
+    for name, stop_at in (("whole", None), ("cut", 12)):
+
+        def long_run(self, candidates, keep, say, stop_at=stop_at):
+            def watched(candidate, frame, *pictures):
+                keep(candidate, frame, *pictures)
+                if frame == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            return saved(self, candidates, watched, say)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ev.Evaluation, "long_run", long_run)
+            only = ["1-step"] if stop_at is None else ["2-step"]
+            code = cli.main(
+                ["eval", "--checkpoint", str(minute_checkpoint), "--frames", "40", "--seeds", "2",
+                 "--styles", "clay", "--size", "16", "--supersample", "1", "--device", "cpu",
+                 "--short", "--steps", "1", "2", "--only", *only, "--out", str(tmp_path / name)]
+            )  # fmt: skip
+        assert code == 1
+        parts.append(str(tmp_path / name / "tiny.json"))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    capsys.readouterr()
+    assert cli.main(["eval", "--join", *parts, "--out", str(tmp_path / "all")]) == 1
+    said = capsys.readouterr().out
+    assert "FAIL  2-step: 40 frames in closed loop: 13" in said
+    assert "pass  1-step: 40 frames in closed loop: 40" in said
+    assert "not measured: teacher, no-history, no-augmentation, 5000 frames" in said
+    assert (tmp_path / "all" / "tiny-2-step.png").stat().st_size > 100
+    assert cli.main(["eval", "--page", str(tmp_path / "all" / "tiny.json")]) == 0
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys):

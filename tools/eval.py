@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirage_hello.tools.arguments import add_device
 from mirage_hello.tools.arguments import add_parser as add
 from mirage_hello.tools.errors import BadInput
-from mirage_hello.tools.eval_join import join
+from mirage_hello.tools.eval_join import bring_pictures, join
+from mirage_hello.tools.eval_requirements import TEACHER_FRAMES, requirements, unmeasured
 
 if TYPE_CHECKING:
     from mirage_hello.model.evaluation import Candidate
 
-FORMAT = "mirage-eval-1"
-TEACHER_FRAMES = 1000  # most frames of a teacher and of what is compared with it
+FORMAT = "mirage-eval-2"
 EXAMPLES = """\
   mirage eval                                               the shipped model, 1000 frames
   mirage eval --checkpoint run/model.safetensors --steps 1 2 8
@@ -72,15 +75,19 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, FileNotFoundError) as error:
         raise BadInput(str(error)) from error
     result["requirements"] = requirements(result)
+    result["not_measured"] = unmeasured(result)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
+    bring_pictures(args.join or [], args.out)
     if args.json:
         print(json.dumps(result))
     else:
         print(f"{path}; `mirage eval --page {path}` makes the plots")
         for item in result["requirements"]:
             print(f"  {'pass' if item['passed'] else 'FAIL'}  {item['text']}: {item['value']}")
+        if result["not_measured"]:
+            print(f"  not measured: {', '.join(result['not_measured'])}")
     return 0 if all(item["passed"] for item in result["requirements"]) else 1
 
 
@@ -108,7 +115,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "format": FORMAT, "name": args.name, "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__, "size": args.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "styles": list(config.styles), "seeds": args.seeds, "models": {}, "ablations": {},
+        "styles": list(config.styles), "seeds": args.seeds,
+        "settings": {
+            "frames": args.frames, "supersample": args.supersample, "every": args.every,
+            "burn_in": config.burn_in, "cut_run": args.cut_frames,
+            "history_noise": args.history_noise,
+        },
+        "models": {}, "ablations": {},
     }  # fmt: skip
     chosen = candidates(args, device)
     strips = {c.name: Strips(config, args.out / f"{args.name}-{c.name}") for _, c in chosen}
@@ -116,13 +129,30 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     def keep(name: str, *frame) -> None:
         strips[name].keep(*frame)
 
+    def keep_cuts(name: str, *frame) -> None:
+        strips[name].keep_cuts(*frame)
+
     # Many streams of a small model: what the kernels are made for is one stream of a frame.
-    with use("torch"):
-        numbers = ev.evaluate([c for _, c in chosen], evaluation, keep, say)
+    with use("torch"), ended_by_sigterm(evaluation):
+        numbers = ev.evaluate([c for _, c in chosen], evaluation, keep, say, keep_cuts)
     for (group, candidate), found in zip(chosen, numbers, strict=True):
         result[group][candidate.name] = found | {"strips": strips[candidate.name].write()}
     result["seconds"] = round(time.time() - began)
     return result
+
+
+@contextlib.contextmanager
+def ended_by_sigterm(evaluation: Any) -> Iterator[None]:
+    """SIGTERM, as `timeout` sends it, ends the long run: what was measured is still written."""
+
+    def stop(*_: object) -> None:
+        evaluation.stopped = True
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def candidates(args: argparse.Namespace, device) -> list[tuple[str, Candidate]]:
@@ -143,15 +173,12 @@ def candidates(args: argparse.Namespace, device) -> list[tuple[str, Candidate]]:
         teacher = Candidate(f"teacher-{many}-step", *teachers, many, short=short, frames=most)
         found.append(("models", teacher))
     # The ablations are compared with the model at the last of --steps.
-    steps = args.steps[-1]
-    forgetful = Candidate("no-history", *networks, steps, remember=False, short=True, frames=most)
-    found.append(("ablations", forgetful))
-    for item in args.ablation:
-        name, equals, path = item.partition("=")
-        if not equals:
-            raise ValueError(f"--ablation: expected NAME=FILE (got {item!r})")
-        other = Candidate(name, *load(Path(path), dtype, device), steps, short=True)
-        other.history_noise = 0.0  # trained without: it runs without
+    files = {"no-history": ""} | dict(ablation(item) for item in args.ablation)
+    for name, path in files.items():
+        these = load(Path(path), dtype, device) if path else networks
+        other = Candidate(name, *these, args.steps[-1], name != "no-history", most, short)
+        if other.remember:
+            other.history_noise = 0.0  # trained without: it runs without
         found.append(("ablations", other))
     if args.only:
         known = [candidate.name for _, candidate in found]
@@ -162,38 +189,9 @@ def candidates(args: argparse.Namespace, device) -> list[tuple[str, Candidate]]:
     return found
 
 
-def requirements(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a stable model must show, each with its value and whether it holds."""
-    models, ablations = result["models"], result["ablations"]
-    checks: list[tuple[str, str, bool]] = []
-    for name, model in models.items():
-        slope = model["psnr_slope_db_per_1000"]
-        flat, text = False, "one seed has no interval; give --seeds 2 or more"
-        if slope["low"] is not None:
-            # Zero inside, or the worst end costs less than 0.5 dB in 5000 frames.
-            flat = slope["low"] <= 0 <= slope["high"] or 5 * -slope["low"] < 0.5
-            text = f"{slope['mean']:.3f} ({slope['low']:.3f} to {slope['high']:.3f})"
-        checks.append((f"{name}: PSNR slope in dB per 1000 frames holds zero", text, flat))
-        text = ", ".join(model["collapsed"]) or "none"
-        checks.append((f"{name}: no stream collapses", text, not model["collapsed"]))
-        worst = max(model["contrast"], key=lambda k: model["contrast"][k]["mean"])
-        value = model["contrast"][worst]["mean"]
-        checks.append(
-            (f"{name}: start-end contrast below 3 %", f"{worst} {value:.2%}", value < 0.03)
-        )
-    students = [m for n, m in models.items() if not n.startswith("teacher")]
-    if "no-history" in ablations and students:
-        base = students[-1]
-        ratio = ablations["no-history"]["warp_error"]["output"] / base["warp_error"]["output"]
-        checks.append(("without history at least twice the flicker", f"{ratio:.2f}", ratio >= 2))
-    if "no-augmentation" in ablations:
-        count = len(ablations["no-augmentation"]["collapsed"])
-        checks.append(("without augmentation it collapses", f"{count} streams", count > 0))
-    teacher = next((m for n, m in models.items() if n.startswith("teacher")), None)
-    for name, most in (("2-step", 0.5), ("1-step", 1.5)):
-        if teacher and name in models:
-            same = models[name].get("shorter", {}).get(str(TEACHER_FRAMES), models[name])
-            lost = teacher["psnr_db"]["mean"] - same["psnr_db"]["mean"]
-            text = f"{name} within {most} dB of the teacher"
-            checks.append((text, f"{lost:.2f} dB lost", lost <= most))
-    return [{"text": a, "value": b, "passed": bool(c)} for a, b, c in checks]
+def ablation(text: str) -> tuple[str, str]:
+    """NAME=FILE; the model named no-history is one trained without, in place of the emptied one."""
+    name, equals, path = text.partition("=")
+    if not equals or not path:
+        raise ValueError(f"--ablation: expected NAME=FILE (got {text!r})")
+    return name, path

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from mirage_hello.tools.errors import BadInput
 
-SAME = ("format", "size", "styles", "seeds", "device", "torch")  # what makes numbers comparable
+# What makes numbers comparable.
+SAME = ("format", "size", "styles", "seeds", "device", "torch", "settings")
 
 
 def join(paths: list[Path], name: str) -> dict[str, Any]:
@@ -48,3 +50,15 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(result, dict) or not {"models", "ablations", "seconds"} <= set(result):
         raise BadInput(f"eval: {path} is no result of `mirage eval`; expected models and ablations")
     return result
+
+
+def bring_pictures(paths: list[Path], out: Path) -> None:
+    """Copy the pictures and clips that results name into the folder of the joined one."""
+    for path in paths:
+        if path.parent.resolve() == out.resolve():
+            continue
+        result = read(path)
+        for numbers in (*result["models"].values(), *result["ablations"].values()):
+            for name in filter(None, numbers["strips"].values()):
+                if (path.parent / name).is_file():
+                    shutil.copy(path.parent / name, out)

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: input, output and truth side by side, as PNG strips and one clip."""
+"""Pictures of an evaluation: input, output and truth side by side, as a PNG and two short clips."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from mirage_hello.model.data.demo_clip import to_bytes, write_video
 from mirage_hello.model.data.png import png
 from mirage_hello.model.evaluation import EvalConfig
 
-CLIP_FRAMES = 240  # most frames of the clip; long runs are shown in larger steps
+LONG_CLIP = 120  # most frames of the clip of the long run, which is shown in larger steps
+CUTS_CLIP = 120  # frames in a row of the run with cuts: flicker shows where none is left out
+FPS = 12
 
 
 def halved(picture: Tensor) -> Tensor:
-    """uint8 [H, W, 3] at half the size, where that leaves 128 pixels a frame: clips stay small."""
+    """uint8 [H, W, 3] at half the size, where that leaves 128 pixels a frame: files stay small."""
     height, width, _ = picture.shape
     if width < 3 * 256:
         return picture
@@ -24,7 +26,7 @@ def halved(picture: Tensor) -> Tensor:
 
 
 class Strips:
-    """Collects frames of the first seed of each style while a long run goes.
+    """Collects frames of the first seed of each style of one candidate.
 
     Args:
         config: of the evaluation; stem: path without suffix of the files.
@@ -32,37 +34,41 @@ class Strips:
 
     def __init__(self, config: EvalConfig, stem: Path) -> None:
         self.config, self.stem = config, stem
-        self.stride = max(config.every, -(-config.frames // CLIP_FRAMES))
-        self.shown = [f for f in (100, 1000) if f < config.frames - 1] + [config.frames - 1]
-        self.pictures: dict[int, Tensor] = {}
-        self.clip: list[Tensor] = []
+        self.stride = max(config.every, config.frames // LONG_CLIP)
+        self.last: tuple[int, Tensor] | None = None
+        self.long: list[Tensor] = []
+        self.cuts: list[Tensor] = []
 
     def keep(self, frame: int, view: Tensor, output: Tensor, truth: Tensor) -> None:
-        """One row a style: input | output | truth."""
+        """A frame of the long run, one row a style: input | output | truth."""
+        picture = self.picture(view, output, truth)
+        self.last = frame, picture  # the one before is forgotten: a PNG shows the end
+        if len(self.long) * self.stride <= frame:
+            self.long.append(picture)
+
+    def keep_cuts(self, frame: int, view: Tensor, output: Tensor, truth: Tensor) -> None:
+        """A frame of the run with cuts; the first ones make a clip."""
+        if frame < CUTS_CLIP:
+            self.cuts.append(self.picture(view, output, truth))
+
+    def picture(self, view: Tensor, output: Tensor, truth: Tensor) -> Tensor:
         picked = slice(0, None, self.config.seeds)
-        due = self.shown and frame >= self.shown[0] - self.config.every
-        if not due and frame % self.stride >= self.config.every:
-            return
         columns = torch.cat((view[picked], output[picked], truth[picked]), 3)
-        picture = to_bytes(torch.cat(list(columns), 1)).cpu()
-        if due:
-            self.pictures[frame] = picture
-            self.shown = [f for f in self.shown if f - self.config.every > frame]
-        if frame % self.stride < self.config.every:
-            self.clip.append(halved(picture))
+        return halved(to_bytes(torch.cat(list(columns), 1))).cpu()
 
     def write(self) -> dict[str, str]:
-        """Write the files; their names by what they show. The clip needs PyAV and is else left."""
+        """Write the files; their names by what they show. Clips need PyAV and are else left."""
         self.stem.parent.mkdir(parents=True, exist_ok=True)
         names = {}
-        for frame, picture in self.pictures.items():
-            path = self.stem.with_name(f"{self.stem.name}-{frame:05d}.png")
+        if self.last:
+            frame, picture = self.last
+            path = self.stem.with_name(f"{self.stem.name}.png")
             path.write_bytes(png(picture))
             names[f"frame {frame}"] = path.name
-        try:
-            path = self.stem.with_name(f"{self.stem.name}.mp4")
-            write_video(path, self.clip, fps=12, crf=26)
-            names["clip"] = path.name
-        except ImportError:
-            names["clip"] = ""
+        for label, clip, ending in (("clip", self.long, ""), ("cuts", self.cuts, "-cuts")):
+            path = self.stem.with_name(f"{self.stem.name}{ending}.mp4")
+            try:
+                names[label] = path.name if clip and write_video(path, clip, FPS, crf=27) else ""
+            except ImportError:
+                names[label] = ""
         return names
