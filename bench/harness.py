@@ -161,7 +161,7 @@ def _measure_gpu(
         replay.run()
     torch.cuda.synchronize()
     for _ in range(effort.rounds):
-        pairs = [(replay, *_timed(replay.run)) for replay in replays.values()]
+        pairs = [(replay, *timed(replay.run)) for replay in replays.values()]
         torch.cuda.synchronize()
         for replay, begin, end in pairs:
             elapsed_us = begin.elapsed_time(end) * 1e3
@@ -177,7 +177,7 @@ def _measure_gpu(
     return {name: replay.timing for name, replay in replays.items()}
 
 
-def _timed(run: Callable[[], Any]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+def timed(run: Callable[[], Any]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
     """Queue one run between two events, behind enough work to hide the host's own time."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(GPU_HEAD_START_CYCLES)
@@ -230,8 +230,10 @@ class Uncapturable(RuntimeError):
 _failed_captures: list[torch.cuda.CUDAGraph] = []
 
 
-def capture(body: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+def capture(body: Callable[[], Any], pool: Any = None) -> torch.cuda.CUDAGraph:
     """Record what `body` launches on torch's current stream in a CUDA graph.
+
+    pool: of another graph (`graph.pool()`), whose memory this one takes too; they run in turn.
 
     Raises:
         Uncapturable: the body raised, or launched nothing on the captured stream.
@@ -240,7 +242,7 @@ def capture(body: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool):
                 body()
         except Exception as error:  # every backend has its own class for a launch that fails
             torch.cuda.set_stream(stream)  # torch leaves its capture stream current here

@@ -22,6 +22,7 @@ from mirage_hello.kernels import (
     conv2d_fused,
     conv2d_sm90a,
     forget_choices,
+    group_norm_apply,
     linear_sm90a,
     ops,
     tuning,
@@ -96,6 +97,8 @@ def recorded() -> Iterator[dict[tuple[str, str], tuple[Run, tuple, dict[str, Any
         for module in (conv2d_sm90a, conv2d_fp8):
             stack.enter_context(patch.object(module, "conv2d_fused_sm90a", fused))
         stack.enter_context(patch.dict(conv2d_fused.BACKENDS, ptx=fused))
+        apply = recording(group_norm_apply.group_norm_apply)
+        stack.enter_context(patch.object(group_norm_apply, "group_norm_apply", apply))
         for name in ("normed", "scaled", "softmaxed", "linear_summed"):  # called by name
             run = recording(getattr(linear_sm90a, name))
             stack.enter_context(patch.object(linear_sm90a, name, run))

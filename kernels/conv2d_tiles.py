@@ -1,5 +1,6 @@
 """The tile of ptx/conv2d.sm90a.ptx.j2: what it is, what it costs, which one a convolution gets."""
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -11,9 +12,9 @@ SMEM_BYTES = {1: 232448, 2: 115712}  # a block may have, by blocks on a multipro
 RESIDENT = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
 # By warpgroups that multiply. One has narrow tiles, which wait for weights: behind a GroupNorm with
 # cold weights, 1280 channels at 8x8 take 18.5, 15.8, 13.9 and 12.0 us with 4, 6, 8 and 12 stages;
-# two, at 64x64, the same from 6 stages on. 20 did not go on so but for e4m3 at 8x8: 12 and 20 are
-# to be timed side by side (docs/convolution.md, "What the last run changed").
+# two, at 64x64, the same from 6 stages on.
 MAX_STAGES = {1: 20, 2: 12, 3: 12}
+SHALLOWER = (6, 8, 12, 16)  # rings that `mirage tune` tries beside the deepest
 MULTIPROCESSORS = 132
 # Of the estimate, in clocks of an H200; fitted to 200 measured tiles (7 % mean error).
 PRODUCTS = 1.07  # products against the peak rate of 4096 FLOP a clock
@@ -106,8 +107,7 @@ class Tile:
         most = MAX_STAGES[self.warpgroups]
         room = SMEM_BYTES[self.blocks_per_sm] - 8 - 16 * most - 32 * self.patch_stages
         room -= 4 * self.block_m + table_bytes
-        fits = [n for n in range(1, most + 1) if self.barriers_at(n, r, s) <= room]
-        return max(fits, default=0)
+        return next((n for n in range(most, 0, -1) if self.barriers_at(n, r, s) <= room), 0)
 
     def most_stages(self, share: int, r: int = 1, s: int = 1, table_bytes: int = 0) -> int:
         """Of those that fit, no more than the K blocks of a block of the cluster; 0: none fit."""
@@ -200,12 +200,6 @@ NORM_WIDEST = {1: 256, 2: 192, 3: 128}
 # The same of tiles that add e4m3's short sums to float32 ones after every PROMOTE K blocks
 PROMOTED_WIDEST, PROMOTE = {1: 192, 2: 128, 3: 96}, 9
 
-# Where a sweep on an H200 found a better tile than the estimate, by choose_tile's arguments.
-MEASURED = {
-    (1, 16, 16, 1280, 180, 3, 3, 1): Tile(2, 88, 4, patch=True),  # 18.5 us with its norm; 96: 19.3
-    (1, 8, 8, 1280, 180, 3, 3, 1): Tile(1, 64, 5, patch=True),  # 8.5 us; 64x48 split 4: 9.2
-}
-
 
 def choose_tile(
     batch: int,
@@ -230,29 +224,36 @@ def choose_tile(
     """
     shape = (batch, p, q, outputs, blocks, r, s, stride)
 
-    def fitting() -> list[Tile]:
-        found = candidates(blocks, r, s, stride, patch=bool(groups))
-        if groups or fp8:
-            found = [t for t in found if t.block_n not in PLAIN_WIDTHS]
-        found = [t for t in found if not unit or t.sum_slots(unit)]
-        if groups and not fp8:
-            found = [replace(t, patches=3) for t in found]
-        if fp8:
-            fits = (t for t in found if t.block_n <= PROMOTED_WIDEST[t.warpgroups])
-            fits = (t for t in fits if t.blocks_per_sm == 1)
-            found = [replace(t, promote=PROMOTE, quantises=bool(groups)) for t in fits]
-        return [t for t in found if not groups or _normalises(t, batch, blocks, r, s, groups)]
-
     def clocks(tile: Tile) -> float:
-        if tile == MEASURED.get(shape):
-            return 0.0
         tiles = -(-q // 8) * -(-p // (8 * tile.warpgroups)) * batch * -(-outputs // tile.block_n)
         loaded = tile.pixel_bytes(r, s) / (r * s if tile.patch else 1)
         return tile.clocks(tiles, blocks, loaded)
 
     names = ("batch", "p", "q", "outputs", "blocks", "r", "s", "stride", "unit", "groups")
     key = dict(zip(names, (*shape, unit, groups), strict=True))
-    return tuning.tile_for("conv2d_fp8" if fp8 else "conv2d", key, fitting, clocks)
+    fits = functools.partial(fitting, batch, blocks, r, s, stride, unit, groups, fp8)
+    return tuning.tile_for("conv2d_fp8" if fp8 else "conv2d", key, fits, clocks)
+
+
+@functools.lru_cache(maxsize=256)
+def fitting(
+    batch: int, blocks: int, r: int, s: int, stride: int, unit: int, groups: int, fp8: bool
+) -> tuple[Tile, ...]:
+    """The tiles that compute such a convolution, then those of them with shallower rings."""
+    found = candidates(blocks, r, s, stride, patch=bool(groups))
+    if groups or fp8:
+        found = [t for t in found if t.block_n not in PLAIN_WIDTHS]
+    found = [t for t in found if not unit or t.sum_slots(unit)]
+    if groups and not fp8:
+        found = [replace(t, patches=3) for t in found]
+    if fp8:
+        fits = (t for t in found if t.block_n <= PROMOTED_WIDEST[t.warpgroups])
+        fits = (t for t in fits if t.blocks_per_sm == 1)
+        found = [replace(t, promote=PROMOTE, quantises=bool(groups)) for t in fits]
+    found = [t for t in found if not groups or _normalises(t, batch, blocks, r, s, groups)]
+    rings = [(t, t.most_stages(t.share(blocks), r, s)) for t in found]
+    shallower = [replace(t, stages=n) for t, most in rings for n in SHALLOWER if n < most]
+    return (*found, *shallower)
 
 
 def _normalises(tile: Tile, batch: int, blocks: int, r: int, s: int, groups: int) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mirage_hello.kernels import tuning
 from mirage_hello.kernels.conv2d_norm import Norm, merged_early
 from mirage_hello.kernels.elementwise import SUFFIX, overlaps
 from mirage_hello.kernels.group_norm_launch import nhwc_magic
@@ -33,12 +34,14 @@ class Cut:
     """How x is cut: `slab_groups` groups by `vecs` accesses of each of `threads` threads.
 
     together: blocks that a multiprocessor may hold at once; 0: as many as fit.
+    late: the next kernel's blocks may start when this one has its statistics, not before.
     """
 
     slab_groups: int
     threads: int
     vecs: int
     together: int = 0
+    late: bool = False
 
     def __post_init__(self) -> None:
         threads = self.threads % 32 == 0 and 32 <= self.threads <= 1024
@@ -91,7 +94,8 @@ def group_norm_apply(
     norm = merged_early(norm, x)  # else every block would read thousands of entries
     images, channels, *spatial = shape
     pixels, width = math.prod(spatial), channels // norm.groups
-    cut = cut or choose_cut(images, pixels, norm.groups, width * x.element_size())
+    op = "group_norm_apply" + ("_to_e4m3" if out_scale is not None else "")
+    cut = cut or choose_cut(images, pixels, norm.groups, width * x.element_size(), op)
     columns = cut.slab_groups * width * x.element_size() // 16
     if norm.groups % cut.slab_groups or columns > cut.threads:
         raise ValueError(
@@ -109,7 +113,45 @@ def group_norm_apply(
     return out
 
 
-def choose_cut(images: int, pixels: int, groups: int, group_bytes: int) -> Cut:
+def choose_cut(
+    images: int, pixels: int, groups: int, group_bytes: int, op: str = "group_norm_apply"
+) -> Cut:
+    """The measured cut of this shape, else the rule's; op: the name that it was measured under.
+
+    Raises:
+        ValueError: a pixel's channels are no multiple of 16 bytes.
+    """
+    rule = rule_cut(images, pixels, groups, group_bytes)
+    names = {"images": images, "pixels": pixels, "groups": groups, "group_bytes": group_bytes}
+    return tuning.tile_for(
+        op,
+        names,
+        lambda: candidates(rule, groups, group_bytes),
+        lambda cut: sum(value != getattr(rule, name) for name, value in vars(cut).items()),
+    )
+
+
+def candidates(rule: Cut, groups: int, group_bytes: int) -> list[Cut]:
+    """The rule's cut, and those with other slabs, threads, accesses, shares and triggers."""
+    slabs = [g for g in range(1, groups + 1) if groups % g == 0 and g * group_bytes % 16 == 0]
+    near = [g for g in slabs if rule.slab_groups <= 4 * g <= 16 * rule.slab_groups]
+
+    def divides(columns: int, threads: int) -> bool:  # exactly, by COLUMN_MAGIC
+        return columns <= threads and (threads - 1) * (-65536 % columns) < 65536
+
+    found = [
+        Cut(slab_groups, threads, vecs, together, late)
+        for slab_groups in near
+        for threads in sorted({128, 256, 512, rule.threads})
+        for vecs in range(1, MAX_VECS + 1)
+        for together in range(MOST_TOGETHER + 1)
+        for late in (False, True)
+        if divides(slab_groups * group_bytes // 16, threads)
+    ]
+    return [rule, *(cut for cut in found if cut != rule)]
+
+
+def rule_cut(images: int, pixels: int, groups: int, group_bytes: int) -> Cut:
     """Slabs of whole sectors, three blocks a multiprocessor where there is enough to do.
 
     A block merges the sums of its groups only, while its pixels arrive: narrow slabs are cheap. A
@@ -162,6 +204,7 @@ def _program(
         SLAB_GROUPS=cut.slab_groups,
         THREADS=cut.threads,
         VECS=cut.vecs,
+        LATE=cut.late,
         COLUMN_MAGIC=-(-65536 // columns),  # thread / columns, exact for 1024 threads
         REGISTERS=min(255, 65536 // cut.threads // 8 * 8),
     )

@@ -271,7 +271,13 @@ def decoded(stored: Any, request: Request) -> Any:
     """The candidate that `stored` stands for, or None."""
     if stored is None:
         return None
-    return next((tile for tile in request.candidates() if encoded(tile) == stored), None)
+    candidates = request.candidates()
+    if isinstance(stored, dict) and candidates and dataclasses.is_dataclass(candidates[0]):
+        try:
+            stored = type(candidates[0])(**stored)
+        except (TypeError, ValueError):  # fields that there were once
+            return None
+    return stored if stored in candidates else None
 
 
 def name(tile: Any) -> str:

@@ -1,0 +1,190 @@
+"""Tiles of the 880m's U-Net, each timed in the captured step:
+`python3.12 bench/sweeps/frame_tiles.py OUT.json [SECONDS [NEAR BEST [CHOSEN.json]]]`.
+
+First ways that hold for the whole step, then place by place, the heaviest first, until SECONDS are
+over (default 110): at most NEAR tiles that differ in one field and the BEST by the model (6, 6). A
+tile counts if the recorded call is right with it, twice the same, and the step is. A fresh process
+goes on without the tile that hung or crashed the last one; every place is written as it ends.
+CHOSEN.json: results of an earlier run, whose tiles are taken first.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirage_hello.bench import model_calls, step_tiles, tune
+from mirage_hello.kernels import conv2d_tiles, tuning, use
+from mirage_hello.kernels.parity import exact_float32
+from mirage_hello.model import build
+
+PRESET, SIZE, RESTARTS = "880m", 64, 3  # of the latents of 512 x 512 pixels
+GRACE_S = 20  # of a process past its time
+
+
+def network(device: str = "cuda") -> tuple[Callable[[], Tensor], Callable[[Tensor], str | None]]:
+    """The step with prepared conditions, and what is wrong with an output of it."""
+    truth_unet = build(PRESET, 0, torch.float32, device)[0].unet
+    config = truth_unet.config
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    x = draw(1, config.in_channels, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
+    level, context = draw(1), draw(1, config.context_tokens, config.context_dim)
+    with torch.no_grad(), use("torch"), exact_float32():
+        truth = truth_unet(x, level, context).double()
+    del truth_unet
+    unet = build(PRESET, 0, torch.bfloat16, device)[0].unet
+    x, context = x.bfloat16(), context.bfloat16()
+
+    def error(y: Tensor) -> float:
+        return ((y.double() - truth).norm() / truth.norm()).item()
+
+    with torch.no_grad():
+        with use("torch"):
+            allowed = 2 * error(unet(x, level, context))
+        biases, keys = unet.noise_biases(level), unet.context_keys(context, lasting=True)
+
+    def wrong(y: Tensor) -> str | None:
+        found = error(y)
+        return None if found <= allowed else f"the step's error is {found:.2e} of {allowed:.2e}"
+
+    return lambda: unet(x, biases, keys), wrong
+
+
+def whole_ways(step: step_tiles.Step, pool: Any) -> dict[str, float]:
+    """Rings of at most so many stages in all convolutions of one warpgroup; late triggers."""
+    places = [p for p in step.tiles if p[0] == "group_norm_apply"]
+    late = {p: replace(step.tiles[p], late=True) for p in places}
+    free = {p: replace(step.tiles[p], together=0) for p in places}
+    changes: dict[str, Any] = {"twin": {}, "applies late": late, "applies uncapped": free}
+    for change in changes.values():
+        step.with_tiles(change)
+    found = step_tiles.effects_us(step, changes, 30, pool)
+    most, graphs = conv2d_tiles.MAX_STAGES[1], {"": step.captured({}, pool)}
+    for stages in (12, 16):
+        conv2d_tiles.MAX_STAGES[1] = stages
+        step.with_tiles({})
+        graphs[f"rings of {stages}, not {most}"] = step.captured({}, pool)
+        conv2d_tiles.MAX_STAGES[1] = most
+    times = {n: statistics.median(t) for n, t in step_tiles.replays_us(graphs, 30).items()}
+    base = times.pop("")
+    return found | {"now": base} | {name: us - base for name, us in times.items()}
+
+
+def right(
+    step: step_tiles.Step, place: step_tiles.Place, tiles: list[Any], called: tune.Called,
+    wrong: Callable[[Tensor], str | None], begin: Callable[[Any], None],
+) -> tuple[list[Any], dict[str, str]]:  # fmt: skip
+    """The tiles that may be timed, and why the others may not."""
+    tuned, good, bad = tune.Tuned(called, step.requests[place], 0), [], {}
+    for tile in tiles:
+        begin(tile)
+        problem = tuned.problem(tile)
+        if problem is None:
+            problem = wrong(step.with_tiles({place: tile}))
+        if problem is None:
+            good.append(tile)
+        else:
+            bad[tuning.name(tile)] = problem
+    return good, bad
+
+
+@torch.no_grad()
+def measure(out: Path, seconds: float, near: int, best: int, chosen: Path | None) -> None:
+    started = time.perf_counter()
+    run, wrong = network()
+    with model_calls.recorded() as calls:
+        run()
+    step = step_tiles.Step(run)
+    results: dict[str, Any] = {"ways": {}, "places": [], "lost": []}
+    if out.exists():
+        results = json.loads(out.read_text())
+    for earlier in (json.loads(chosen.read_text()) if chosen else {"places": []}, results):
+        step.take({(p["op"], p["key"]): p["tile"] for p in earlier["places"]})
+    before = dict(step.tiles)
+    pool = torch.cuda.graph_pool_handle()
+    keeper = step.captured({}, pool)  # while it lives, graphs find the pool's memory where it was
+    step_tiles.still()
+    print(
+        f"{len(step.tiles)} places, begun after {time.perf_counter() - started:.0f} s", flush=True
+    )
+    if not results["ways"]:
+        results["ways"] = whole_ways(step, pool)
+        print(json.dumps(results["ways"]), flush=True)
+        out.write_text(json.dumps(results))
+    done = {(p["op"], p["key"]) for p in results["places"]}
+    places = [p for p in step.heaviest() if p not in done]
+    candidates = {p: step.candidates(p, near, best) for p in places}
+    step_tiles.compile_all(step, candidates)
+    print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
+    for place in places:
+        if time.perf_counter() - started > seconds:
+            break
+        lost = {name for *at, name in results["lost"] if tuple(at) == place}
+        tiles = [t for t in candidates[place] if tuning.name(t) not in lost]
+
+        def begin(tile: Any, place: step_tiles.Place = place) -> None:
+            out.with_suffix(".now").write_text(json.dumps([*place, tuning.name(tile)]))
+
+        run_, args, kwargs = calls[place]
+        judge = model_calls.held_against_its_own(run_, args, kwargs)
+        called = tune.Called({}, run_, args, kwargs, judge)
+        good, bad = right(step, place, tiles, called, wrong, begin)
+        found = step_tiles.best(step, place, good, pool) if len(good) > 1 else {}
+        found = {"op": place[0], "key": place[1], "calls": step.calls[place], **found, "wrong": bad}
+        found |= {"was": tuning.encoded(before[place])}
+        results["places"].append(found)
+        out.write_text(json.dumps(results, indent=1))
+        three = list(found.get("effects_us", {}).items())[:3]
+        print(f"{found.get('effect_us', 0):7.2f} us {place} {three} {len(bad)} wrong", flush=True)
+    graphs = {
+        "now": keeper,
+        "before": step.captured(before, pool),
+        "after": step.captured({}, pool),
+    }
+    results["step_us"] = step_tiles.replays_us(graphs, 100)
+    results["seconds"] = time.perf_counter() - started
+    out.write_text(json.dumps(results, indent=1))
+    print(json.dumps(results["step_us"]), f"{results['seconds']:.0f} s", flush=True)
+
+
+def main(out: str, seconds: str = "110", near: str = "6", best: str = "6", *chosen: str) -> int:
+    """Runs the measuring process again, without what it was at, while it is lost."""
+    path, begun = Path(out), time.time()
+    path.unlink(missing_ok=True)
+    for _ in range(RESTARTS):
+        left = float(seconds) - (time.time() - begun)
+        command = [sys.executable, __file__, "--measure", out, str(left), near, best, *chosen]
+        try:
+            if not subprocess.run(command, timeout=left + GRACE_S, check=False).returncode:
+                return 0
+        except subprocess.TimeoutExpired:
+            print("timed out", flush=True)
+        at = path.with_suffix(".now")
+        if not path.exists() or not at.exists():
+            return 1
+        results = json.loads(path.read_text())
+        results["lost"].append(json.loads(at.read_text()))
+        path.write_text(json.dumps(results))
+        print(f"lost {results['lost'][-1]}", flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--measure":
+        target, limit, *counts = sys.argv[2:]
+        earlier = Path(counts[2]) if len(counts) > 2 else None
+        measure(Path(target), float(limit), int(counts[0]), int(counts[1]), earlier)
+        sys.exit(0)
+    sys.exit(main(*sys.argv[1:]))
