@@ -273,8 +273,9 @@ def decoded(stored: Any, request: Request) -> Any:
         return None
     candidates = request.candidates()
     if isinstance(stored, dict) and candidates and dataclasses.is_dataclass(candidates[0]):
+        kind: Any = type(candidates[0])
         try:
-            stored = type(candidates[0])(**stored)
+            stored = kind(**stored)
         except (TypeError, ValueError):  # fields that there were once
             return None
     return stored if stored in candidates else None
