@@ -7,14 +7,16 @@ import torch
 from torch import nn
 from training_driver import add_minute_model
 
+from mirage_hello.model import checkpoint
 from mirage_hello.model.capture import Captured
 from mirage_hello.model.data.raycast_triton import refusal
 from mirage_hello.model.presets import PRESETS, build
-from mirage_hello.model.training import Options, preset, train
+from mirage_hello.model.training import Options, TrainingError, preset, train
 from mirage_hello.model.training import state as states
 from mirage_hello.model.training.config import changed
 from mirage_hello.model.training.journal import read as read_metrics
 from mirage_hello.model.training.optimise import Optimiser
+from mirage_hello.model.training.place import Place
 from mirage_hello.model.training.samples import sheet, write_decoded
 
 QUICK = {"model": "minute", "size": 16, "clip_frames": 4, "autoencoder_steps": 2}
@@ -97,3 +99,31 @@ def test_sheets(tmp_path):
     pixels = torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8)
     write_decoded(tmp_path / "a" / "decoded", autoencoder, pixels)
     assert (tmp_path / "a" / "decoded.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_resumed_run_does_not_need_the_file_it_began_with(tmp_path):
+    """Its checkpoints hold every weight; only the first stage's compact form lacks the denoiser."""
+    options = Options(device="cpu", quiet=True)
+    config = changed(preset("smoke"), {**QUICK, "video_steps": 2, "distill_steps": 0})
+    config = changed(config, {"checkpoint_every": 1, "keep": 9})
+    train(config, tmp_path / "a", options)
+    first = (tmp_path / "a" / "model.safetensors").rename(tmp_path / "first.safetensors")
+    config = changed(config, {"start": str(first), "seed": 7})
+    train(config, tmp_path / "b", options)
+    whole = checkpoint.load(tmp_path / "b" / "model.safetensors")[0].state_dict()
+    for path in states.checkpoints(tmp_path / "b" / "checkpoints")[1:]:
+        path.unlink()
+    first.rename(tmp_path / "moved")
+    train(config, tmp_path / "b", Options(device="cpu", quiet=True, resume=True))
+    resumed = checkpoint.load(tmp_path / "b" / "model.safetensors")[0].state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    compact = Options(device="cpu", quiet=True, compact=tmp_path / "compact")
+    train(changed(config, {"start": "", "video_steps": 0}), tmp_path / "c", compact)
+    again = Options(device="cpu", quiet=True, resume_from=tmp_path / "compact")
+    with pytest.raises(TrainingError, match=r"config: start=.*no file"):
+        Place(config, tmp_path / "d", again)
+    (tmp_path / "moved").rename(first)
+    place, saved = Place(config, tmp_path / "e", again), checkpoint.load(first)[0].state_dict()
+    assert place.stage_number == 1
+    assert all(torch.equal(t, saved[n]) for n, t in place.denoiser.state_dict().items())

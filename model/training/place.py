@@ -51,22 +51,27 @@ class Place:
         if self.samples and importlib.util.find_spec("av") is None:
             self.say("samples are pictures alone: PyAV is not installed (pip install av)")
         self.loaded: dict[str, Any] | None = None
-        if config.start:
-            self.borrow(Path(config.start), "start", ("autoencoder", "denoiser"))
-        if config.autoencoder:
-            self.borrow(Path(config.autoencoder), "autoencoder", ("autoencoder",))
-            self.autoencoder.trained = True
         if options.resume or options.resume_from:
             self.resume()
         elif states.checkpoints(out / "checkpoints"):
             raise TrainingError(
                 f"{out} holds a run already; go on with --resume or give another --out"
             )
+        else:
+            self.begin()
         self.journal: Journal | None = None
         if self.workers.first:
             at = (self.stage_number, self.step) if self.loaded else None
             self.journal = Journal(out, options.tensorboard, at)
             (out / "config.json").write_text(json.dumps(as_dict(config), indent=1) + "\n")
+
+    def begin(self) -> None:
+        """Take the weights that the settings name; a run that resumes has its own."""
+        if self.config.start:
+            self.borrow(Path(self.config.start), "start", ("autoencoder", "denoiser"))
+        if self.config.autoencoder:
+            self.borrow(Path(self.config.autoencoder), "autoencoder", ("autoencoder",))
+            self.autoencoder.trained = True
 
     def borrow(self, path: Path, setting: str, parts: tuple[str, ...]) -> None:
         """Take the weights of these parts from a checkpoint or from a compact state."""
@@ -96,11 +101,13 @@ class Place:
                 self.say(f"{problem}; an older one is used")
         states.check_shapes(loaded["autoencoder"], self.autoencoder, where)
         self.autoencoder.load_state_dict(loaded["autoencoder"])
-        if loaded["stage"] > 0:
-            self.autoencoder.trained = True
+        self.autoencoder.trained = loaded["stage"] > 0 or bool(self.config.autoencoder)
         if "denoiser" in loaded:
             states.check_shapes(loaded["denoiser"], self.denoiser, where)
             self.denoiser.load_state_dict(loaded["denoiser"])
+        elif self.config.start and (loaded["stage"], loaded["step"]) <= (1, 0):
+            # The compact form of the first stage has no denoiser: it was not trained yet.
+            self.borrow(Path(self.config.start), "start", ("denoiser",))
         self.stage_number, self.step = loaded["stage"], loaded["step"]
         self.elapsed_s, self.stage_s = loaded["elapsed_s"], loaded["stage_s"]
         self.loaded = loaded
