@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,17 +14,30 @@ IN_FLIGHT = 2  # frames: one is computed while its neighbours are on the bus
 LENT = 6  # outputs that a caller may hold without a copy; 0.8 MB of pinned memory each at 512x512
 
 
+class Pinned(NamedTuple):
+    """One frame [H, W, 3] in pinned memory, as torch and as NumPy see it."""
+
+    tensor: Tensor
+    array: np.ndarray
+
+    @staticmethod
+    def like(frame: Tensor) -> Pinned:
+        """Memory for a frame of this shape; not pinned for a frame on the host."""
+        tensor = torch.empty_like(frame, device="cpu", pin_memory=frame.is_cuda)
+        return Pinned(tensor, tensor.numpy())
+
+
 @dataclass(eq=False)
 class _Slot:
     """One frame on its way: pinned memory, staging copies on the device, stations it passed."""
 
-    host_in: Tensor
+    host_in: Pinned
     staged_in: Tensor
     staged_out: Tensor
     uploaded: Any  # torch.cuda.Event
     computed: Any
     downloaded: Any
-    host_out: Tensor | None = None  # of `Outputs`, while the frame is under way
+    host_out: Pinned | None = None  # of `Outputs`, while the frame is under way
     lent_in: Tensor | None = None  # the caller's pinned frame, likewise
 
 
@@ -36,22 +48,29 @@ class Outputs:
     """
 
     def __init__(self, like: Tensor) -> None:
-        self._free = deque(_pinned(like) for _ in range(IN_FLIGHT + LENT))
+        self._free = deque(Pinned.like(like) for _ in range(IN_FLIGHT + LENT))
 
-    def take(self) -> Tensor:
+    def take(self) -> Pinned:
         """Memory to download into; until it is lent it is the taker's."""
         return self._free.popleft()
 
-    def lend(self, memory: Tensor) -> Tensor:
-        """The caller's: a tensor over the same memory, or a copy if he holds too many already."""
+    def lend(self, memory: Pinned) -> np.ndarray:
+        """The caller's: an array over the same memory, or a copy if he holds too many already."""
         if len(self._free) < IN_FLIGHT:
-            result = memory.clone()
             self._free.append(memory)
-            return result
-        result = torch.from_numpy(memory.numpy())
-        # The storage ends with the last view of it, torch's or NumPy's.
-        weakref.finalize(result.untyped_storage(), self._free.append, memory).atexit = False
-        return result
+            return memory.array.copy()
+        return np.asarray(_Loan(memory, self._free))
+
+
+class _Loan:
+    """What NumPy's and torch's views of lent memory hold; it ends with the last of them."""
+
+    def __init__(self, memory: Pinned, free: deque[Pinned]) -> None:
+        self._memory, self._free = memory, free
+        self.__array_interface__ = memory.array.__array_interface__
+
+    def __del__(self) -> None:
+        self._free.append(self._memory)
 
 
 class Bus:
@@ -61,17 +80,20 @@ class Bus:
     copies on the device (about 1 us each) free them at once, so that a frame can come while the one
     before it is computed, and leave while the next one is. With none there is nothing to overlap:
     the frame takes the short way, in order on the stream of the graph. On a CPU nothing is staged.
+
+    Args:
+        frame_in, frame_out: uint8 [1, H, W, 3].
+        stream: of the graph, torch's current one in `bring` and `take`; None: on a CPU.
     """
 
-    def __init__(self, frame_in: Tensor, frame_out: Tensor, staged: bool | None = None) -> None:
-        self._frame_in, self._frame_out = frame_in, frame_out
+    def __init__(self, frame_in: Tensor, frame_out: Tensor, stream: Any = None) -> None:
+        self._frame_in, self._frame_out, self._stream = frame_in[0], frame_out[0], stream
         self._free: list[_Slot] = []
         self._under_way: deque[tuple[_Slot | None, type, Tensor | None]] = deque()
-        self._staged = frame_in.is_cuda if staged is None else staged
-        if self._staged:
+        if stream is not None:
             self._up, self._down = (torch.cuda.Stream(frame_in.device) for _ in range(2))
-            self._free = [_slot(frame_in) for _ in range(IN_FLIGHT)]
-            self._outputs = Outputs(frame_out)
+            self._free = [_slot(frame_in[0]) for _ in range(IN_FLIGHT)]
+            self._outputs = Outputs(frame_out[0])
             for copies in (self._up, self._down):  # after whatever the memory was used for before
                 copies.wait_stream(torch.cuda.current_stream())
 
@@ -87,58 +109,66 @@ class Bus:
         collected; anything else is copied at once.
         """
         if isinstance(frame, Tensor) and frame.device == self._frame_in.device:
-            self._frame_in[0].copy_(frame)
+            self._frame_in.copy_(frame)
             return None
-        if not self._staged:
-            _copy(self._frame_in[0], frame)
+        if self._stream is None:
+            _copy(self._frame_in, frame)
             return None
-        slot, source = self._free[-1], self._free[-1].host_in
+        slot, source = self._free[-1], self._free[-1].host_in.tensor
         if isinstance(frame, Tensor) and frame.is_pinned() and frame.is_contiguous():
-            slot.lent_in = source = frame[None]
+            slot.lent_in = source = frame
         else:
-            _copy(source[0], frame)
+            _copy(source, frame)
         if not self._under_way:
             self._frame_in.copy_(source, non_blocking=True)
             return slot
-        with torch.cuda.stream(self._up):
+        torch.cuda.set_stream(self._up)
+        try:
             slot.staged_in.copy_(source, non_blocking=True)
-            slot.uploaded.record()
-        slot.uploaded.wait()
+        finally:
+            torch.cuda.set_stream(self._stream)
+        slot.uploaded.record(self._up)
+        slot.uploaded.wait(self._stream)
         self._frame_in.copy_(slot.staged_in)
         return slot
 
     def take(self, slot: _Slot | None, kind: type) -> None:
         """Queue the way of `frame_out` to the caller, as `kind`: np.ndarray or Tensor."""
         if slot is None:
-            self._under_way.append((None, kind, self._frame_out[0].clone()))
+            self._under_way.append((None, kind, self._frame_out.clone()))
             return
         self._free.remove(slot)
         slot.host_out = self._outputs.take()
         if not self._under_way:
-            slot.host_out.copy_(self._frame_out, non_blocking=True)
-            slot.downloaded.record()
+            slot.host_out.tensor.copy_(self._frame_out, non_blocking=True)
+            slot.downloaded.record(self._stream)
         else:
             slot.staged_out.copy_(self._frame_out)
-            slot.computed.record()
-            with torch.cuda.stream(self._down):
-                slot.computed.wait()
-                slot.host_out.copy_(slot.staged_out, non_blocking=True)
-                slot.downloaded.record()
+            slot.computed.record(self._stream)
+            slot.computed.wait(self._down)
+            torch.cuda.set_stream(self._down)
+            try:
+                slot.host_out.tensor.copy_(slot.staged_out, non_blocking=True)
+            finally:
+                torch.cuda.set_stream(self._stream)
+            slot.downloaded.record(self._down)
         self._under_way.append((slot, kind, None))
 
     def collect(self) -> Any:
         """The oldest frame under way, once it is here; owned by the caller."""
         slot, kind, result = self._under_way.popleft()
+        as_tensor = issubclass(kind, Tensor)
         if slot is not None:
             assert slot.host_out is not None
             slot.downloaded.synchronize()
-            result = self._outputs.lend(slot.host_out)[0]
+            array = self._outputs.lend(slot.host_out)
             slot.host_out = slot.lent_in = None
             self._free.append(slot)
+            return torch.from_numpy(array) if as_tensor else array
         assert result is not None
         if result.is_cuda:  # made on the stream's own CUDA stream, used on the caller's
             result.record_stream(torch.cuda.current_stream(result.device))
-        return result if issubclass(kind, Tensor) else result.numpy()
+        return result if as_tensor else result.numpy()
 
 
 def _copy(memory: Tensor, frame: np.ndarray | Tensor) -> None:
@@ -155,8 +185,5 @@ def _copy(memory: Tensor, frame: np.ndarray | Tensor) -> None:
 def _slot(frame: Tensor) -> _Slot:
     # Empty: nothing that a copy stream would have to wait for is queued for this memory.
     staged = [torch.empty_like(frame) for _ in range(2)]
-    return _Slot(_pinned(frame), *staged, *(torch.cuda.Event() for _ in range(3)))
-
-
-def _pinned(like: Tensor) -> Tensor:
-    return torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
+    events = [torch.cuda.Event() for _ in range(3)]
+    return _Slot(Pinned.like(frame), staged[0], staged[1], events[0], events[1], events[2])

@@ -37,8 +37,9 @@ class FrameBuffers:
         unet: UNetConfig,
         dtype: torch.dtype,
         device: torch.device,
+        stream: torch.cuda.Stream | None = None,
     ) -> FrameBuffers:
-        """Buffers for frames of `size` (height, width) pixels, zeroed."""
+        """Buffers for frames of `size` (height, width) pixels, zeroed, used on `stream`."""
         height, width = size
         h, w = -(-height // FACTOR), -(-width // FACTOR)
         frame_in, frame_out = (
@@ -51,7 +52,7 @@ class FrameBuffers:
         noise = draws[:start].view(steps, 1, h, w, -1).permute(0, 1, 4, 2, 3)
         memory_noise = draws[start:].view(1, h, w, -1).permute(0, 3, 1, 2)
         memory = ContextMemory(1, unet.latent_channels, h, w, unet.history, dtype, device)
-        bus = Bus(frame_in, frame_out)
+        bus = Bus(frame_in, frame_out, stream)
         return FrameBuffers(frame_in, frame_out, draws, noise, memory_noise, memory, bus)
 
     @property

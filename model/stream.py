@@ -9,7 +9,6 @@ else; `submit` and `collect`, or `run`, let them travel while the neighbours are
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,24 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirage_hello.kernels import Policy, policy, use
-from mirage_hello.kernels.policy import current
-from mirage_hello.model import budget
 from mirage_hello.model.autoencoder import Autoencoder
 from mirage_hello.model.bus import IN_FLIGHT
-from mirage_hello.model.controls import Controls, LiveControls
+from mirage_hello.model.controls import Controls
 from mirage_hello.model.deltas import Deltas
 from mirage_hello.model.denoiser import Denoiser
-from mirage_hello.model.frame import frame as run_frame
-from mirage_hello.model.frame_buffers import FrameBuffers, check_frame
-from mirage_hello.model.plan import Plan, Record, recorded
+from mirage_hello.model.frame_buffers import check_frame
+from mirage_hello.model.own_stream import OwnStream
+from mirage_hello.model.plans import Plans
 from mirage_hello.model.samplers import Sampler, euler, one_step
 from mirage_hello.model.settings import Settings, prepare
 
-SIZES = 2  # plans kept: the one in use, and one that was used before or prepared
 
-
-class FrameStream(LiveControls):
+class FrameStream(Plans):
     """One stream of frames through a model; not shared between streams, safe between threads.
 
     Args:
@@ -92,14 +86,10 @@ class FrameStream(LiveControls):
         self.autoencoder = autoencoder.to(self.device, self.dtype).eval()
         self.steps = steps
         self.sampler = sampler or (one_step if steps == 1 else euler)
-        self._planned = on_cuda if graph is None else graph
-        self._arena = arena
-        self._policy, self._seed = policy, seed
+        self._own = OwnStream(self.device)
+        super().__init__(policy, on_cuda if graph is None else graph, arena)
+        self._seed = seed
         self._generator = torch.Generator(self.device).manual_seed(seed)
-        self._stream = torch.cuda.Stream(self.device) if on_cuda else None
-        self._lock, self._building = threading.RLock(), threading.RLock()
-        self._sizes: dict[tuple[int, int], FrameBuffers] = {}  # the last is the latest used
-        self._buffers: FrameBuffers | None = None
         self._deltas = Deltas(self.denoiser)
         tokens = self._tokens(self._default_context() if context is None else context)
         away = torch.zeros_like(tokens) if negative is None else self._tokens(negative)
@@ -141,7 +131,8 @@ class FrameStream(LiveControls):
                 raise RuntimeError(f"submit: {IN_FLIGHT} frames are under way; collect one first")
             buffers = self._of_size(frame.shape[0], frame.shape[1])
             # A frame in the host's memory owes nothing to what the caller's stream does.
-            with self._running(ordered=isinstance(frame, Tensor) and frame.is_cuda):
+            on_device = isinstance(frame, Tensor) and frame.is_cuda
+            with self._running() if on_device else self._own:
                 buffers.draws.normal_(generator=self._generator)  # while the frame is on its way
                 slot = buffers.bus.bring(frame)
                 if self._planned and buffers.policy is not self._wanted():
@@ -151,7 +142,7 @@ class FrameStream(LiveControls):
                 if buffers.plan is not None:
                     buffers.plan.run()
                 else:
-                    with self._scope():
+                    with torch.no_grad(), self._scope():
                         self._frame(buffers)
                 buffers.bus.take(slot, type(frame))
 
@@ -195,26 +186,7 @@ class FrameStream(LiveControls):
             while self.under_way:  # the caller left early
                 self.collect()
 
-    @property
-    def under_way(self) -> int:
-        """Frames submitted and not collected."""
-        return 0 if self._buffers is None else self._buffers.bus.under_way
-
-    def _frame(self, buffers: FrameBuffers) -> None:
-        run_frame(self.denoiser, self.autoencoder, self.sampler, buffers, self._settings)
-
-    # Kernels, state
-
-    @property
-    def policy(self) -> Any:
-        """The kernel policy; None: that of the scope in which `push` is called."""
-        return self._policy
-
-    @policy.setter
-    def policy(self, value: Any) -> None:
-        if value is not None:
-            policy(value)  # refuses unknown names now, not at the next frame
-        self._policy = value
+    # State
 
     def cut(self) -> None:
         """Forget the past outputs, as at a scene cut; the noise goes on."""
@@ -245,116 +217,9 @@ class FrameStream(LiveControls):
                     self._sizes[self._buffers.size] = self._buffers
                     self._buffers.policy = None  # planned again at the next frame
 
-    # Sizes and their plans
-
-    def prepare(self, height: int, width: int) -> None:
-        """Build the plan of a size ahead, also while another thread pushes frames of another size;
-        the first frame of the new size then finds it ready.
-
-        Raises: ValueError: it does not fit into memory. What else a build raises; the plan in use
-        goes on.
-        """
-        with self._building:
-            if (height, width) in self._sizes:
-                return
-            model = budget.of(self.denoiser, self.autoencoder)
-            while len(self._sizes) >= SIZES:  # make room first
-                del self._sizes[next(s for s in self._sizes if self._sizes[s] is not self._buffers)]
-            budget.check(model, (height, width), self.dtype, self.steps, self.device)
-            unet = self.denoiser.unet.config
-            settings = self._settings
-            with self._running(torch.cuda.Stream(self.device) if self._stream else None):
-                buffers = FrameBuffers.allocate(
-                    (height, width), self.steps, unet, self.dtype, self.device
-                )
-                if self._planned:
-                    self._make_plan(buffers)
-                if self._stream is not None:  # frames come on another stream and do not wait
-                    torch.cuda.current_stream().synchronize()
-            if self._settings is not settings:
-                buffers.policy = None  # they were replaced meanwhile: planned again at first use
-            self._sizes[(height, width)] = buffers
-
-    @property
-    def plan(self) -> Plan | None:
-        """The plan of the current size; None before the first frame, and without a graph."""
-        return None if self._buffers is None else self._buffers.plan
-
-    def record(self) -> Record:
-        """Every launch and buffer of a frame of the current size: the plan's, or one run's."""
-        with self._lock:
-            buffers = self._buffers
-            if buffers is None:
-                raise RuntimeError("record: the size is not known yet; give size=, or push a frame")
-            if buffers.plan is not None:
-                return buffers.plan.record
-            modules = {"denoiser": self.denoiser, "autoencoder": self.autoencoder}
-            with self._running(), self._scope(), buffers.memory.kept():
-                self._frame(buffers)  # builds kernels and fills caches
-                return recorded(lambda: self._frame(buffers), self.device, modules)
-
-    def _of_size(self, height: int, width: int) -> FrameBuffers:
-        size = (height, width)
-        if self._buffers is None or self._buffers.size != size:
-            if self.under_way:
-                raise RuntimeError(
-                    f"submit: collect the {self.under_way} frames of the old size first"
-                )
-            self.prepare(*size)  # while it fails, the old plan stays
-            self._buffers = self._sizes[size]
-            self.cut()  # a new size starts afresh
-        return self._buffers
-
-    def _is_new(self, frame: np.ndarray | Tensor) -> bool:
-        return self._buffers is not None and self._buffers.size != tuple(frame.shape[:2])
-
-    def _make_plan(self, buffers: FrameBuffers) -> None:
-        modules = {"denoiser": self.denoiser, "autoencoder": self.autoencoder}
-        with self._scope():
-            buffers.plan = Plan(
-                lambda: self._frame(buffers), self.device, modules, arena=self._arena
-            )
-        buffers.policy = self._wanted()
-        buffers.memory.reset()  # the runs that made the plan were no part of the stream
-
-    def _plan_again(self, buffers: FrameBuffers) -> None:
-        """Another plan for the same buffers; the memory stays. After a failure the next frame
-        tries again."""
-        buffers.plan = buffers.policy = None
-        with buffers.memory.kept():
-            self._make_plan(buffers)
-
-    def _forget_plans(self) -> None:
-        for buffers in self._sizes.values():
-            buffers.plan = buffers.policy = None
-
     def _prepare(self, controls: Controls) -> Settings:
         with self._scope():
             return prepare(self.denoiser, controls, self.steps)
 
-    def _wanted(self) -> Policy:
-        return current.get() if self._policy is None else policy(self._policy)
-
-    @contextlib.contextmanager
-    def _running(
-        self, stream: torch.cuda.Stream | None = None, ordered: bool = True
-    ) -> Iterator[None]:
-        """On CUDA: on a stream of our own, ordered with the caller's on the way in and out."""
-        stream = stream or self._stream
-        with torch.no_grad():
-            if stream is None:
-                yield
-                return
-            if not ordered:
-                with torch.cuda.stream(stream):
-                    yield
-                return
-            with torch.cuda.device(self.device):
-                outer = torch.cuda.current_stream()
-                stream.wait_stream(outer)
-                with torch.cuda.stream(stream):
-                    yield
-                outer.wait_stream(stream)
-
-    def _scope(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self._policy is None else use(self._policy)
+    def _running(self) -> contextlib.AbstractContextManager[None]:
+        return self._own.ordered()

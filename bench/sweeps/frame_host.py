@@ -33,9 +33,9 @@ class Pieces:
 
     def __init__(self, stream: FrameStream, found: dict[str, Any]) -> None:
         buffers = stream._buffers
-        assert buffers is not None and buffers.plan is not None
-        self.found, self.frame_in, self.graph = found, buffers.frame_in, buffers.plan.graph
-        self.source = buffers.bus._free[0].host_in
+        assert buffers is not None and buffers.plan is not None and buffers.plan.graph is not None
+        self.found, self.frame_in, self.graph = found, buffers.frame_in[0], buffers.plan.graph
+        self.source = buffers.bus._free[0].host_in.tensor
 
     def time(self, name: str, call: Callable[[], Any], before: Any = lambda: None) -> None:
         spans, cpu = [], time.process_time()
@@ -57,7 +57,7 @@ class Pieces:
 
 def copies(pieces: Pieces, frames: np.ndarray) -> None:
     """A frame of the caller's memory into memory that the copy engine reads."""
-    pinned, plain = pieces.source, pieces.source[0].numpy()
+    pinned, plain = pieces.source, pieces.source.numpy()
     turn = itertools.cycle(range(len(frames)))
     fresh = np.empty_like(frames[0])
 
@@ -75,10 +75,10 @@ def copies(pieces: Pieces, frames: np.ndarray) -> None:
     for threads in sorted({default, 8, 4, 2, 1}, reverse=True):
         torch.set_num_threads(threads)
         name = f"copy: torch, {threads} threads"
-        pieces.time(f"{name}, cold", lambda: pinned[0].copy_(source[next(turn)]))
-        pieces.time(f"{name}, just written", lambda: pinned[0].copy_(tensor), write_fresh)
+        pieces.time(f"{name}, cold", lambda: pinned.copy_(source[next(turn)]))
+        pieces.time(f"{name}, just written", lambda: pinned.copy_(tensor), write_fresh)
     torch.set_num_threads(default)
-    device_frame = pieces.frame_in[0]
+    device_frame = pieces.frame_in
     upload = lambda: device_frame.copy_(source[next(turn)], non_blocking=True)  # noqa: E731
     pieces.time("copy: by the driver from pageable memory, cold", upload)
     splits = [SplitCopy(helpers, plain) for helpers in (1, 3)]
@@ -92,7 +92,7 @@ def copies(pieces: Pieces, frames: np.ndarray) -> None:
             print(f"no {name} memory here", flush=True)
             continue
         kept, view = pieces.source, np.frombuffer(memory, np.uint8, NBYTES).reshape(plain.shape)
-        pieces.source = torch.from_numpy(view)[None]
+        pieces.source = torch.from_numpy(view)
         copy = functools.partial(_call_with_next, functools.partial(np.copyto, view))
         pieces.time(f"copy: into {name}, cold", lambda: copy(cold))  # noqa: B023
         pieces.time(f"copy: into {name}, just written", lambda: copy(warm), write_fresh)  # noqa: B023
@@ -149,6 +149,7 @@ def _write_combined() -> Any:
     driver = ctypes.CDLL("libcuda.so.1")
     if driver.cuMemHostAlloc(ctypes.byref(pointer), ctypes.c_size_t(NBYTES), WRITE_COMBINED):
         return None
+    assert pointer.value is not None
     return (ctypes.c_ubyte * NBYTES).from_address(pointer.value)
 
 
@@ -171,49 +172,44 @@ def _huge_pages() -> Any:
 
 def calls(pieces: Pieces, stream: FrameStream) -> None:
     """What is queued, by torch and by the driver's own calls."""
-    buffers, own, torch_c = stream._buffers, stream._stream, torch._C
+    buffers, own = stream._buffers, stream._own.cuda
     assert buffers is not None and own is not None
-    frame_in, frame_out, draws = buffers.frame_in, buffers.frame_out, buffers.draws
-    slot, outputs = buffers.bus._free[0], buffers.bus._outputs
-    event, down = torch.cuda.Event(), torch.empty_like(slot.host_in).pin_memory()
-    event.record()
+    frame_in, frame_out, draws = buffers.frame_in[0], buffers.frame_out[0], buffers.draws
+    pinned, outputs = pieces.source, buffers.bus._outputs
+    event, down = torch.cuda.Event(), torch.empty_like(pinned).pin_memory()
+    event.record(own)
+    array = pinned.numpy()
 
-    def scope(ordered: bool) -> None:
-        with stream._running(ordered=ordered):
+    def scope(of: Any) -> None:
+        with of:
             pass
-
-    def set_stream() -> None:
-        before = torch_c._cuda_getCurrentStream(own.device_index)
-        torch_c._cuda_setStream(own.stream_id, own.device_index, own.device_type)
-        torch_c._cuda_setStream(*before)
 
     def lend() -> None:
         outputs.lend(outputs.take())
 
-    pieces.time("scope: torch", lambda: scope(False))
-    pieces.time("scope: torch, ordered", lambda: scope(True))
-    pieces.time("scope: set and reset", set_stream)
+    pieces.time("scope: ours", lambda: scope(stream._own))
+    pieces.time("scope: torch", lambda: scope(torch.cuda.stream(own)))
+    pieces.time("scope: torch, ordered", lambda: scope(stream._own.ordered()))
     pieces.time("noise: torch", lambda: draws.normal_(generator=stream._generator))
     noise = torch.cuda.CUDAGraph()
     noise.register_generator_state(stream._generator)
     with torch.cuda.graph(noise, capture_error_mode="thread_local"):
         draws.normal_(generator=stream._generator)
     pieces.time("noise: a graph of its own", noise.replay)
-    pieces.time("upload: torch", lambda: frame_in.copy_(slot.host_in, non_blocking=True))
+    pieces.time("upload: torch", lambda: frame_in.copy_(pinned, non_blocking=True))
     pieces.time("graph: torch", pieces.graph.replay)
     pieces.time("download: torch", lambda: down.copy_(frame_out, non_blocking=True))
-    pieces.time("event: torch, record", event.record)
+    pieces.time("event: torch, record", lambda: event.record(own))
     pieces.time("event: torch, wait for a past one", event.synchronize)
     pieces.time("lend an output and take it back", lend)
-    pieces.time("check the frame", lambda: check_frame(pinned_array))
-    pinned_array = slot.host_in[0].numpy()
-    pieces.time("is it pinned", slot.host_in.is_pinned)
+    pieces.time("check the frame", lambda: check_frame(array))
+    pieces.time("is it pinned", pinned.is_pinned)
     pieces.time("the policy", stream._wanted)
     driver, handle = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(own.cuda_stream)
-    host, size = ctypes.c_void_p(slot.host_in.data_ptr()), ctypes.c_size_t(NBYTES)
+    host, size = ctypes.c_void_p(pinned.data_ptr()), ctypes.c_size_t(NBYTES)
     back = ctypes.c_void_p(down.data_ptr())
     into, out = ctypes.c_void_p(frame_in.data_ptr()), ctypes.c_void_p(frame_out.data_ptr())
-    queued = {
+    queued: dict[str, tuple[Any, ...]] = {
         "upload": (driver.cuMemcpyHtoDAsync_v2, into, host, size, handle),
         "download": (driver.cuMemcpyDtoHAsync_v2, back, out, size, handle),
         "event, record": (driver.cuEventRecord, ctypes.c_void_p(event.cuda_event), handle),
@@ -222,16 +218,29 @@ def calls(pieces: Pieces, stream: FrameStream) -> None:
         ),
         "is it pinned": (driver.cuPointerGetAttribute, ctypes.byref(ctypes.c_int()), 2, host),
     }  # fmt: skip
-    exec_of = getattr(pieces.graph, "raw_cuda_graph_exec", None)
-    if exec_of is not None:
-        queued["graph"] = (driver.cuGraphLaunch, ctypes.c_void_p(exec_of()), handle)
-    else:
-        print("torch does not hand out the executable graph", flush=True)
+    try:
+        executable = ctypes.c_void_p(pieces.graph.raw_cuda_graph_exec())
+        queued["graph"] = (driver.cuGraphLaunch, executable, handle)
+    except (AttributeError, RuntimeError) as error:
+        print("torch does not hand out the executable graph:", error, flush=True)
     for name, (function, *arguments) in queued.items():
-        codes = set()
+        codes: set[int] = set()
         pieces.time(f"{name}: driver", lambda: codes.add(function(*arguments)))  # noqa: B023
         if codes != {0}:
             print(name, "failed", codes, flush=True)
+
+
+def submit_under_way(stream: FrameStream, frames: list[Any]) -> dict[str, float]:
+    """Microseconds of `submit` while another frame is computed."""
+    spans = []
+    stream.submit(frames[0])
+    for frame in frames[1:]:
+        begin = time.perf_counter()
+        stream.submit(frame)
+        spans.append((time.perf_counter() - begin) * 1e6)
+        stream.collect()
+    stream.collect()
+    return {"p50": float(np.percentile(spans, 50)), "p99": float(np.percentile(spans, 99))}
 
 
 def main(out: str) -> int:
@@ -247,9 +256,10 @@ def main(out: str) -> int:
     source = {"numpy": list(frames), "pinned": [torch.from_numpy(f).pin_memory() for f in frames]}
     for name, some in source.items():
         found[f"host_us {name}"] = result = bus.host_us(stream, [*some, *some])
-        print(f"host_us {name}", {key: round(us) for key, us in result.items()}, flush=True)
+        result["submit_under_way"] = submit_under_way(stream, [*some, *some])
+        print(f"host_us {name}", result, flush=True)
     pieces = Pieces(stream, found)
-    with torch.no_grad(), torch.cuda.stream(stream._stream):
+    with torch.no_grad(), stream._own:
         for measure in (lambda: calls(pieces, stream), lambda: copies(pieces, frames)):
             measure()
             with open(out, "w") as f:
