@@ -38,6 +38,9 @@ class Ways:
             else takes a kernel for them.
         prompts: a cross-attention is two products with the matrices made of the prompt.
         on_load: windows (1, 3) of the convolutions that normalise what they load.
+        e4m3_rows: of a calibrated network the layers behind LayerNorms, the projections in and the
+            folded prompts multiply in e4m3, too; else only the second product of a feed-forward.
+        e4m3_merges: as merges_from, in e4m3; with e4m3_rows.
     """
 
     sums_from: int = 0
@@ -47,6 +50,8 @@ class Ways:
     row_sums: bool = True
     prompts: bool = True
     on_load: tuple[int, ...] = ()
+    e4m3_rows: bool = True
+    e4m3_merges: bool = True
 
 
 MEASURED = Ways()
@@ -60,7 +65,10 @@ def ways() -> Ways:
 
 @contextlib.contextmanager
 def fusing(backend: str | None) -> Iterator[None]:
-    """Within the block, layers fuse by this backend of conv2d_fused in any dtype; None: not."""
+    """Within the block, layers fuse by this backend of conv2d_fused in any dtype; None: not.
+
+    Like `going`, it does not reach plans that exist.
+    """
     token = _chosen.set(backend)
     try:
         yield
@@ -70,7 +78,11 @@ def fusing(backend: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def going(taken: Ways) -> Iterator[None]:
-    """Within the block, layers take these ways."""
+    """Within the block, layers take these ways.
+
+    A plan keeps those it was built with: its key is the size and the policy of kernels, not the
+    ways. So build it within the block: make the stream there and push its first frame.
+    """
     token = _ways.set(taken)
     try:
         yield

@@ -23,24 +23,25 @@ def conv2d(
     skip: Tensor | None = None,
     upsample: bool = False,
 ) -> Tensor:
-    """out[b,o,i,j] = sum_{c,r,s} x[b,c,i*stride+r-padding,j*stride+s-padding] weight[o,c,r,s]
-    + bias[o] + channel_bias[b,o] + residual[b,o,i,j].
+    """out[b,o,i,j] = sum_{c,r,s} y[b,c,i*stride+r-before,j*stride+s-before] weight[o,c,r,s]
+    + bias[o] + channel_bias[b,o] + residual[b,o,i,j], where y = x, [x, skip] or these enlarged.
 
     Args:
-        x: [B, C, H, W]; zero padding outside.
+        x: [B, C, H, W].
         weight: [O, C, R, S]; with a skip, [O, C + C', R, S].
         bias: [O] or None.
         stride: the same for both axes.
-        padding: on every side; or (before, after) on both axes, as Stable Diffusion's autoencoder
-            pads (0, 1) before it halves an image.
+        padding: zeros around y, one number for every side, or (before, after): rows above and
+            below, and columns left and right. Stable Diffusion's autoencoder pads (0, 1) before
+            it halves an image.
         channel_bias: [B, O] or None (a time embedding).
-        residual: [B, O, H', W'] or None, H' = (H + padding before and
-            after - R) // stride + 1.
-        skip: [B, C', H, W] or None: channels that follow those of x, a skip connection.
-        upsample: convolve x (and skip) upsampled by 2, nearest; H and W count twice above.
+        residual: [B, O, H', W'] or None.
+        skip: [B, C', H, W] or None: more channels of y, behind those of x (a skip connection).
+        upsample: y is twice as high and wide, each pixel of x (and skip) four times.
 
     Returns:
-        [B, O, H', W'], dtype of x.
+        [B, O, H', W'], dtype of x. H' = (height of y + before + after - R) // stride + 1, and W'
+        by the width and S alike.
 
     Numerics: torch's convolution in the dtype of x; the additions follow in the order above.
     """

@@ -130,6 +130,15 @@ class TestModelRows:
         with pytest.raises(ValueError, match="expected"):
             clips.read_clip(Options(clip=str(tmp_path / "clip.npy"), size=(64, 64)))
 
+    def test_a_clip_that_cannot_be_read_is_one_sentence(self, tmp_path, monkeypatch):
+        for name in ("clip.mp4", "clip.npy"):
+            (tmp_path / name).write_text("no video, no array")
+            with pytest.raises(ValueError, match=rf"{name}: (no video|expected an array)"):
+                clips.read_clip(Options(clip=str(tmp_path / name)))
+        monkeypatch.setattr(clips.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match="PyAV, which decodes videos, is not installed; pip"):
+            clips.read_clip(Options(clip=str(clips.CLIP)))
+
     @pytest.mark.parametrize(
         "copies, only_the_frame",
         [

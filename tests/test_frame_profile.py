@@ -1,9 +1,14 @@
 """The shares of a frame: overlapping kernels are counted once, and gaps are idle."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from mirage_hello.bench import frame_profile
-from mirage_hello.tools import growth, waterfall
+from mirage_hello.tools import figure, growth, waterfall
 
 
 def events() -> list[dict]:
@@ -43,8 +48,8 @@ def test_the_waterfall_ends_at_the_frame():
     found = waterfall.steps(profile)
     assert found[0] == ("convolution", 20) and found[-1] == ("idle", pytest.approx(10))
     assert sum(us for _, us in found) == pytest.approx(profile["span_us"])
-    figure = waterfall.waterfall({"before": profile, "after": profile})
-    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+    drawn = waterfall.waterfall({"before": profile, "after": profile})
+    assert [axis.get_title(loc="left") for axis in drawn.axes] == [
         "before: 50 us on the device", "after: 50 us on the device",
     ]  # fmt: skip
 
@@ -74,3 +79,32 @@ def test_growth_takes_what_was_measured():
     figure = growth.growth({"sizes": sizes, "batch": batch})
     assert [len(axis.lines) for axis in figure.axes] == [2, 1, 2]
     assert [len(axis.lines) for axis in growth.growth({}).axes] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("found", [dict, waterfall.profiles])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "required: source, out"),
+        (["x.json"], "required: out"),
+        (["none.json", "x.png"], "none.json: expected JSON of the sweep"),
+        (["list.json", "x.png"], "list.json: expected JSON of the sweep"),
+        (["empty.json", "x.png"], "nothing to draw"),
+        (["good.json", "x.qqq"], "x.qqq: cannot be written"),
+    ],
+)
+def test_a_figure_of_bad_sources_is_refused(found, arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    empty, good = {} if found is dict else [], {"rows": [{"device": {"ours": {}}}]}
+    for name, content in (("list", [1]), ("empty", empty), ("good", good)):
+        Path(f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as left:
+        figure.draw("", found, lambda _: growth.growth({}), arguments)
+    assert left.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", ["growth", "waterfall"])
+def test_a_figure_without_arguments_is_a_usage(tool):
+    path = Path(growth.__file__).with_name(f"{tool}.py")
+    done = subprocess.run([sys.executable, "-P", path], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"usage: {tool}.py")

@@ -241,6 +241,7 @@ class TestBench:
             (["--device", "cpu", "--steps", "0"], "--steps"),
             (["--device", "cpu", "--frames", "3"], "at least 10"),
             (["--device", "cpu", "--clip", "nothing.mp4"], "not a file"),
+            (["--device", "cpu", "--clip", __file__], "no video that FFmpeg reads"),
             (["--device", "cpu", "--out", "x.csv"], ".json"),
             (["--device", "cpu", "--op", "silu", "--case", "h2 256x256 d40"], "unknown case"),
         ],

@@ -11,6 +11,7 @@ import torch
 
 from mirage_hello.bench import choices, run_file
 from mirage_hello.bench.case import PEERS
+from mirage_hello.bench.clip import read_clip
 from mirage_hello.bench.rows import Options
 from mirage_hello.bench.supervisor import run_groups
 from mirage_hello.bench.worker import CASES, GROUPS, MODEL_OPS, cases
@@ -105,6 +106,7 @@ def _options(args: argparse.Namespace) -> Options:
     wanted_ops = _known("op", args.op, [case.op for case in _all_cases()] + [*MODEL_OPS])
     of_ops = [case.name for case in _all_cases() if not wanted_ops or case.op in wanted_ops]
     on_gpu, short = device == "cuda", args.quick or device == "cpu"
+    size = _size(args.size or ("512x512" if on_gpu else "64x64"))
     return Options(
         device=device,
         ops=wanted_ops,
@@ -115,10 +117,10 @@ def _options(args: argparse.Namespace) -> Options:
         quick=args.quick,
         cold=args.cold,
         preset=args.preset or ("880m" if on_gpu else "tiny"),
-        size=_size(args.size or ("512x512" if on_gpu else "64x64")),
+        size=size,
         steps=_steps(args.steps),
         frames=_frames(args.frames if args.frames is not None else 30 if short else 1000),
-        clip=_clip(args.clip),
+        clip=_clip(args.clip, size),
         compile_seconds=args.compile_seconds,
         warm=on_gpu and not args.no_warm,
     )
@@ -177,10 +179,17 @@ def _frames(count: int) -> int:
     return count
 
 
-def _clip(path: Path | None) -> str:
-    if path is not None and not path.is_file():
+def _clip(path: Path | None, size: tuple[int, int]) -> str:
+    """The clip's path, after its first frame was read: the worker reads it minutes later."""
+    if path is None:
+        return ""
+    if not path.is_file():
         raise BadInput(f"--clip: {path} is not a file; give a video, or leave --clip out")
-    return "" if path is None else str(path.resolve())
+    try:
+        read_clip(Options(clip=str(path), size=size, frames=1))
+    except ValueError as error:
+        raise BadInput(f"--clip: {error}") from error
+    return str(path.resolve())
 
 
 def _groups(options: Options) -> list[str]:

@@ -7,7 +7,6 @@ frame-growth.json is of bench/sweeps/frame_growth.py: its cases `sizes`, `sizes_
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
@@ -17,6 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from mirage_hello.tools.figure import draw
 
 COLOURS = {"880m": "#0072b2", "391m": "#009e73", "torch": "#8a929b"}
 CASES = {"880m": "sizes", "391m": "sizes_391m"}
@@ -87,15 +88,5 @@ def _label(axis: Axes, title: str, x: str, y: str) -> None:
         axis.spines[side].set_visible(False)
 
 
-def main() -> int:
-    *sources, out = sys.argv[1:]
-    measured: dict[str, Any] = {}
-    for source in sources:  # later files add to the earlier ones
-        with open(source, encoding="utf-8") as file:
-            measured |= json.load(file)
-    growth(measured).savefig(out, dpi=150)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(draw(__doc__ or "", dict, growth))

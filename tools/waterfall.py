@@ -8,7 +8,6 @@ whose frame row has one of ours and one of torch.compile.
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
@@ -17,6 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+
+from mirage_hello.tools.figure import draw
 
 # 0.803 TFLOP of the 880m's step at 512x512 at the measured matrix rate, 729 TFLOP/s: the longer of
 # that and of its 1.72 GB of weights at the measured copy rate (404 us).
@@ -76,15 +77,5 @@ def profiles(measured: Any) -> dict[str, dict[str, Any]]:
     return {name: found for row in rows for name, found in row.items() if isinstance(found, dict)}
 
 
-def main() -> int:
-    *sources, out = sys.argv[1:]
-    found: dict[str, dict[str, Any]] = {}
-    for source in sources:
-        with open(source, encoding="utf-8") as file:
-            found |= profiles(json.load(file))
-    waterfall(found).savefig(out, dpi=150)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(draw(__doc__ or "", profiles, waterfall))
