@@ -28,6 +28,6 @@ setup(
         package("kernels"): ["choices/*.json"],
         package("kernels/cuda"): ["*.cu", "*.cuh"],
         package("model"): ["weights/*.safetensors", "weights/*.json", "weights/*.md"],
-        package("tools"): ["*.html", "*.css", "*.js"],
+        package("tools"): ["*.html", "*.css", "*.js", "*.j2"],
     },
 )
