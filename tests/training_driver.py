@@ -18,10 +18,25 @@ from torch import nn
 from mirage_hello.model.autoencoder import AutoencoderConfig
 from mirage_hello.model.denoiser import DenoiserConfig
 from mirage_hello.model.presets import PRESETS, Preset
-from mirage_hello.model.training import Options, TrainConfig, TrainingError, train
+from mirage_hello.model.training import Options, TrainConfig, TrainingError, preset, train
+from mirage_hello.model.training.config import changed
+from mirage_hello.model.training.journal import read as read_metrics
 from mirage_hello.model.training.optimise import Optimiser
 from mirage_hello.model.training.video_stage import VideoStage
 from mirage_hello.model.unet import UNetConfig
+
+QUICK = ("model=minute", "size=16", "clip_frames=4", "autoencoder_steps=2", "distill_steps=1")
+
+
+def quick(**values) -> TrainConfig:
+    """The configuration of a run of seconds."""
+    pairs = dict(item.split("=") for item in QUICK)
+    return changed(preset("smoke"), {**pairs, **values})
+
+
+def losses(out: Path) -> dict[tuple[str, int], float]:
+    """(stage, step) -> loss, of a run's journal."""
+    return {(row["stage"], row["step"]): row["loss"] for row in read_metrics(out)}
 
 
 def add_minute_model() -> None:
