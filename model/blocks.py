@@ -77,11 +77,12 @@ class SelfAttention(nn.Module):
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.to_out: Any = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, h: Tokens, norm: nn.LayerNorm) -> Tokens:
-        """h: the residual stream [B, N, C]; norm: what comes before q, k and v."""
+    def forward(self, h: Tokens, norm: nn.LayerNorm, reader: nn.Linear) -> Tokens:
+        """h: the residual stream [B, N, C]; norm: what comes before q, k and v; reader: the layer
+        behind the next norm."""
         qkv = project(h, self.to_qkv, norm)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, N, H, D], no copy
-        return project_out(ops.attention(q, k, v), self.to_out[0], h, readers=h.rows.shape[-1])
+        return project_out(ops.attention(q, k, v), self.to_out[0], h, reader)
 
 
 class CrossAttention(nn.Module):
@@ -104,13 +105,13 @@ class CrossAttention(nn.Module):
             return Keys(keys_values)
         return fold_prompt(keys_values, self.to_q, self.to_out[0], norm, self.heads)
 
-    def forward(self, h: Tokens, norm: nn.LayerNorm, keys: Keys) -> Tokens:
-        attended = attend_prompt(h, keys, self.to_out[0], norm, self.heads)
+    def forward(self, h: Tokens, norm: nn.LayerNorm, keys: Keys, reader: nn.Linear) -> Tokens:
+        attended = attend_prompt(h, keys, self.to_q, self.to_out[0], norm, reader)
         if attended is not None:
             return attended
         q = project(h, self.to_q, norm).unflatten(-1, (self.heads, -1))
         k, v = keys.keys_values.unflatten(-1, (2, self.heads, -1)).unbind(2)
-        return project_out(ops.attention(q, k, v), self.to_out[0], h, readers=8 * h.rows.shape[-1])
+        return project_out(ops.attention(q, k, v), self.to_out[0], h, reader)
 
 
 class GEGLU(nn.Module):
@@ -152,7 +153,8 @@ class TransformerBlock(nn.Module):
 
     def attend(self, h: Tokens, keys: Keys) -> Tokens:
         """Without the feed-forward."""
-        return self.attn2(self.attn1(h, self.norm1), self.norm2, keys)
+        h = self.attn1(h, self.norm1, self.attn2.to_q)
+        return self.attn2(h, self.norm2, keys, self.ff.net["0"].proj)
 
 
 class Transformer(nn.Module):
@@ -182,7 +184,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Image, keys: Keys) -> Image:
         block, out = self.transformer_blocks[0], self.proj_out
-        h = block.attend(project_in(x, self.proj_in, self.norm), keys)
+        h = block.attend(project_in(x, self.proj_in, self.norm, block.attn1.to_qkv), keys)
         gate, product = block.ff.net["0"].proj, block.ff.net["2"]
         merged = feed_forward_out(h, x, gate, product, block.norm3, out, self.unit)
         if merged is not None:

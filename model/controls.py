@@ -171,10 +171,11 @@ class LiveControls:
             fp8.use(self.denoiser, {})
             try:
                 scales = {} if frames is None else fp8.calibrate(self, frames)
+                fp8.use(self.denoiser, scales)
+                self._change()  # a prompt is folded for the dtype that it is multiplied in
             except BaseException:
                 fp8.use(self.denoiser, before)  # a change that is refused changes nothing
                 raise
-            fp8.use(self.denoiser, scales)
             self._forget_plans()
             self.reset()
             return scales

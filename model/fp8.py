@@ -3,9 +3,10 @@
     scales = calibrate(stream, frames)      the largest value each layer reads, over a clip
     use(stream.denoiser, scales)            those layers multiply e4m3 from now on; {}: none does
 
-A layer's activations share one scale, its weight has one for each output channel. Only layers whose
-input is normalised on the way (GroupNorm, LayerNorm and GEGLU bound it) are taken; attention, the
-first and the last convolution and the autoencoder stay in bfloat16.
+A layer's activations share one scale, its weight has one for each output channel, or one in all
+where a LayerNorm is folded into it. Taken are the convolutions behind a GroupNorm and what a
+transformer multiplies but for attention itself and the projection behind self-attention; the first
+and the last convolution, those without a norm and the autoencoder stay in bfloat16.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 LARGEST = 448.0  # of e4m3
-HEADROOM = 1.25  # later frames may be larger than the clip's; past it values saturate
+# Later frames may be larger than the clip's: past 448 scales values saturate. e4m3 has exponents of
+# its own, so headroom costs no mantissa: of 448 / 2 a value is normal down to 1 / 14,000.
+HEADROOM = 2.0
 _maxima: ContextVar[dict[nn.Module, Tensor] | None] = ContextVar("fp8 maxima", default=None)
 
 

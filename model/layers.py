@@ -61,7 +61,7 @@ def convolve(
         if backend is not None:
             scale = fp8.scale_of(conv) if backend == "ptx" else None
             if scale is not None or conv.kernel_size[0] in ways().on_load:
-                statistics = _statistics(x, skip, norm, norm_silu)
+                statistics = statistics_of(x, skip, norm, norm_silu)
             if statistics is not None and scale is not None:
                 return _convolve_fp8(x, conv, statistics, skip, channel_bias, residual, unit, scale)
         if statistics is None:
@@ -119,7 +119,7 @@ def _convolve_fp8(
 def normalise(x: Image, norm: nn.GroupNorm, skip: Image | None = None, silu: bool = True) -> Image:
     """silu(GroupNorm(cat([x, skip]))), of the sums where their producers left them."""
     backend = fused_backend(x.pixels)
-    statistics = _statistics(x, skip, norm, silu) if backend else None
+    statistics = statistics_of(x, skip, norm, silu) if backend else None
     if statistics is not None:
         apply = group_norm_apply.torch_form
         if backend == "ptx":
@@ -130,7 +130,7 @@ def normalise(x: Image, norm: nn.GroupNorm, skip: Image | None = None, silu: boo
     return Image(op(x.pixels, *args) if skip is None else op(x.pixels, *args, skip.pixels))
 
 
-def _statistics(
+def statistics_of(
     x: Image, skip: Image | None, norm: nn.GroupNorm, silu: bool = True
 ) -> conv2d_fused.Norm | None:
     """The norm with the sums of its input; None where a producer left none."""
