@@ -45,16 +45,15 @@ def model_calls(options: Options) -> list[Called]:
     with torch.no_grad(), use("auto"):
         with fp8.noted() as maxima:  # before: the self-tests of the kernels make calls of their own
             unet(*inputs)
-        names = {layer: name for name, layer in unet.named_modules()}
-        biases, keys = unet.noise_biases(*inputs[1::2]), unet.context_keys(inputs[2], lasting=True)
+        biases = unet.noise_biases(*inputs[1::2])
         stream = FrameStream(*models.plain, graph=False)
         frame = np.zeros((*options.size, 3), np.uint8)
         stream.push_eagerly(frame)
         with recorded() as calls:
             unet(*inputs)
             stream.push_eagerly(frame)  # prepared conditions, the autoencoder
-            fp8.use(unet, {names[layer]: float(m) / fp8.LARGEST for layer, m in maxima.items()})
-            unet(inputs[0], biases, keys)
+            fp8.use(unet, fp8.scales_for(unet, maxima))
+            unet(inputs[0], biases, unet.context_keys(inputs[2], lasting=True))
             fp8.use(unet, {})
     return [
         Called({"op": op, "case": key, "dtype": model.model_dtype(options)}, run, args, kwargs,
@@ -99,7 +98,13 @@ def recorded() -> Iterator[dict[tuple[str, str], tuple[Run, tuple, dict[str, Any
         stack.enter_context(patch.dict(conv2d_fused.BACKENDS, ptx=fused))
         apply = recording(group_norm_apply.group_norm_apply)
         stack.enter_context(patch.object(group_norm_apply, "group_norm_apply", apply))
-        for name in ("normed", "scaled", "softmaxed", "linear_summed"):  # called by name
+        for name in (
+            "normed",
+            "scaled",
+            "softmaxed",
+            "linear_summed",
+            "scaled_summed",
+        ):  # called by name
             run = recording(getattr(linear_sm90a, name))
             stack.enter_context(patch.object(linear_sm90a, name, run))
         for op in ops:

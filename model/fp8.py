@@ -72,12 +72,17 @@ def calibrate(stream: Any, frames: Iterable[Any]) -> dict[str, float]:
     Raises:
         ValueError: no frames.
     """
-    names = {module: name for name, module in stream.denoiser.named_modules()}
     with noted() as maxima:
         for frame in frames:
             stream.push_eagerly(frame)
     if not maxima:
         raise ValueError("calibrate: no layer was read; give at least one frame")
+    return scales_for(stream.denoiser, maxima)
+
+
+def scales_for(network: nn.Module, maxima: Mapping[nn.Module, Tensor]) -> dict[str, float]:
+    """Scales by the layer's name in the network, of what `noted` found."""
+    names = {module: name for name, module in network.named_modules()}
     return {
         names[layer]: max(HEADROOM * float(largest), 1e-6) / LARGEST
         for layer, largest in maxima.items()
