@@ -1,5 +1,6 @@
 """Runs that break: each is one sentence, and the last good checkpoint stays whole."""
 
+import errno
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from training_driver import QUICK, Fault, add_minute_model, quick, start
 from mirage_hello.model.presets import PRESETS
 from mirage_hello.model.training import Options, TrainingError, train
 from mirage_hello.model.training import state as states
+from mirage_hello.model.training.journal import Journal
 from mirage_hello.model.training.video_stage import VideoStage
 
 
@@ -51,6 +53,23 @@ def test_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path):
     assert states.checkpoints(tmp_path / "checkpoints") == before
     assert not list((tmp_path / "checkpoints").glob("*.part"))
     states.load(tmp_path / "checkpoints")
+
+
+def test_a_disk_that_is_full_between_checkpoints_is_the_same_sentence(tmp_path, monkeypatch):
+    write = Journal.write
+
+    def full(self, stage, step, values):
+        if (stage, step) == ("video", 4):
+            raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+        write(self, stage, step, values)
+
+    monkeypatch.setattr(Journal, "write", full)
+    with pytest.raises(TrainingError, match=r"the disk is full .*metrics.*00000003.pt; free space"):
+        train(quick(checkpoint_every=3), tmp_path, Options(device="cpu", quiet=True))
+    monkeypatch.setattr(Journal, "write", write)
+    assert train(
+        quick(checkpoint_every=3), tmp_path, Options(device="cpu", quiet=True, resume=True)
+    )
 
 
 def test_checkpoint_of_another_shape(tmp_path):

@@ -82,3 +82,19 @@ def test_a_lost_rank_is_one_sentence_and_the_run_goes_on_exactly(tmp_path):
     assert again.keys() == whole.keys()
     for key, value in whole.items():
         assert again[key] == pytest.approx(value, rel=1e-4), key
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_two_processes_go_on_from_the_compact_state_of_one(tmp_path, precision):
+    """As a run that began on one GPU goes on with two: each rank renders clips of its own."""
+    config = quick(video_steps=16, distill_steps=0, checkpoint_every=4, keep=9, precision=precision)
+    options = Options(device="cpu", quiet=True, compact=tmp_path / "small", minutes=1e-9)
+    assert not train(config, tmp_path / "one", options)
+    options = Options(device="cpu", quiet=True, resume_from=tmp_path / "small")
+    codes, texts = start(config, tmp_path / "two", options, ranks=2).finish()
+    assert codes == [0, 0], texts
+    steps = [step for stage, step in losses(tmp_path / "two") if stage == "video"]
+    assert steps == list(range(10, 16))
+    newest = torch.load(tmp_path / "two" / "checkpoints" / "1-video-00000012.pt")
+    first, second = (rank["streams"]["history"] for rank in newest["ranks"])
+    assert first.abs().sum() > 0 and not torch.equal(first, second)

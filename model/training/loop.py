@@ -193,6 +193,14 @@ def train(config: TrainConfig, out: Path, options: Options | None = None) -> boo
             f"out of GPU memory ({str(error).splitlines()[0]}); lower batch, pool_clips or size, "
             "or set gradient_checkpointing"
         ) from error
+    except OSError as error:  # of the journal or a sample; checkpoints have a sentence of their own
+        if error.errno not in states.NO_SPACE:
+            raise
+        older = states.checkpoints(out / "checkpoints")
+        last = f"the last good checkpoint is {older[-1]}" if older else "no checkpoint was written"
+        raise TrainingError(
+            f"the disk is full ({error}); {last}; free space and go on with --resume"
+        ) from error
     except RuntimeError as error:
         if run.workers.ranks == 1 or not any(word in str(error) for word in LOST):
             raise
