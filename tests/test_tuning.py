@@ -329,7 +329,11 @@ def asked(op, key):
         return conv2d_tiles.choose_tile(**numbers, fp8="fp8" in op)
     product = "geglu" if "geglu" in op else "linear"
     kinds = {"norm": "layer_norm" in op, "fp8": "fp8" in op, "quantised": "to_e4m3" in op}
-    return linear_sm90a.choose_tile(product, *(numbers[n] for n in ("m", "n", "blocks")), **kinds)
+    shape = [numbers[name] for name in ("m", "n", "blocks")]
+    if "softmax" in op:
+        del kinds["norm"]
+        return linear_sm90a.choose_softmax_tile(*shape, numbers["width"], **kinds)
+    return linear_sm90a.choose_tile(product, *shape, **kinds)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
