@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mirage_hello.ptx.host_memory import write_combined
+
 IN_FLIGHT = 2  # frames: one is computed while its neighbours are on the bus
 LENT = 6  # outputs that a caller may hold without a copy; 0.8 MB of pinned memory each at 512x512
 
@@ -19,12 +21,25 @@ class Pinned(NamedTuple):
 
     tensor: Tensor
     array: np.ndarray
+    interface: dict[str, Any]  # the array's, as NumPy's protocol wants it
+
+    @staticmethod
+    def of(tensor: Tensor) -> Pinned:
+        """Both views of a tensor on the host."""
+        array = tensor.numpy()
+        return Pinned(tensor, array, array.__array_interface__)
 
     @staticmethod
     def like(frame: Tensor) -> Pinned:
         """Memory for a frame of this shape; not pinned for a frame on the host."""
-        tensor = torch.empty_like(frame, device="cpu", pin_memory=frame.is_cuda)
-        return Pinned(tensor, tensor.numpy())
+        return Pinned.of(torch.empty_like(frame, device="cpu", pin_memory=frame.is_cuda))
+
+    @staticmethod
+    def only_written(frame: Tensor) -> Pinned:
+        """The same in memory that the host must not read."""
+        if not frame.is_cuda:
+            return Pinned.like(frame)
+        return Pinned.of(torch.from_numpy(write_combined(tuple(frame.shape))))
 
 
 @dataclass(eq=False)
@@ -65,9 +80,11 @@ class Outputs:
 class _Loan:
     """What NumPy's and torch's views of lent memory hold; it ends with the last of them."""
 
+    __slots__ = ("__array_interface__", "_free", "_memory")
+
     def __init__(self, memory: Pinned, free: deque[Pinned]) -> None:
         self._memory, self._free = memory, free
-        self.__array_interface__ = memory.array.__array_interface__
+        self.__array_interface__ = memory.interface
 
     def __del__(self) -> None:
         self._free.append(self._memory)
@@ -186,4 +203,4 @@ def _slot(frame: Tensor) -> _Slot:
     # Empty: nothing that a copy stream would have to wait for is queued for this memory.
     staged = [torch.empty_like(frame) for _ in range(2)]
     events = [torch.cuda.Event() for _ in range(3)]
-    return _Slot(Pinned.like(frame), staged[0], staged[1], events[0], events[1], events[2])
+    return _Slot(Pinned.only_written(frame), staged[0], staged[1], events[0], events[1], events[2])
