@@ -95,12 +95,15 @@ def silent(text: str) -> None:
 class Evaluation:
     """The clips of an evaluation and their truth, shared by all candidates."""
 
-    def __init__(self, config: EvalConfig, device: torch.device) -> None:
+    def __init__(
+        self, config: EvalConfig, device: torch.device, without: Candidate | None = None
+    ) -> None:
+        """without: what every long run is held against, a candidate that remembers nothing."""
         unknown = [s for s in config.styles if s not in STYLES]
         if unknown:
             known = ", ".join(STYLES)
             raise ValueError(f"evaluation: unknown style {unknown[0]!r}; known: {known}")
-        self.config, self.device = config, device
+        self.config, self.device, self.without = config, device, without
         fused = device.type == "cuda" and ray_kernel_refusal(device) is None
         world = WorldConfig(config.size, config.size, config.supersample, fused=fused)
         self.worlds = Worlds(world, device)
@@ -174,6 +177,7 @@ class Evaluation:
         config = self.config
         curves = [Curves() for _ in candidates]
         rollouts = self.begin(candidates, self.worlds)
+        without = self.rollout(self.without) if self.without else None
         outputs: list[Tensor] = []
         before: Shot | None = None
         ends = [c.frames or config.frames for c in candidates]
@@ -192,6 +196,9 @@ class Evaluation:
                 if number < end:
                     rollout.push_unseen(shot.view)
             truth = truth_of(shot, before) if measured and before is not None else {}
+            if truth and without:  # what is not remembered needs no frames before it
+                drawn = quantised(without.push(shot.view))
+                truth["psnr_without"] = metrics.psnr(drawn, shot.target)
             for i, candidate in enumerate(candidates):
                 if measured and before is not None and number < ends[i]:
                     row = measure(now[i], shot, outputs[i], before)
@@ -263,8 +270,6 @@ def truth_of(shot: Shot, before: Shot) -> dict[str, Tensor]:
     """The same measures of the truth, each [B]."""
     visible = metrics.visible_before(shot.motion, before.depth, shot.previous_depth)
     row = {"warp_truth": metrics.warp_error(shot.target, before.target, shot.motion, visible)}
-    mean = shot.target.mean((2, 3), keepdim=True)
-    row["psnr_flat"] = metrics.psnr(mean.expand_as(shot.target), shot.target)
     for name, value in metrics.statistics(shot.target, before.target).items():
         row[f"truth_{name}"] = value
     return row

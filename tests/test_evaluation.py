@@ -6,8 +6,8 @@ import pytest
 import torch
 from training_driver import add_minute_model
 
-from mirage_hello.model import drift, memory_probe, persistence
 from mirage_hello.model import evaluation as ev
+from mirage_hello.model import memory_probe, persistence
 from mirage_hello.model.presets import PRESETS, build
 from mirage_hello.model.rollout import Rollout
 
@@ -29,11 +29,18 @@ class Oracle:
     push_unseen = push
 
 
+def unremembered(truth, n):
+    """As a sound model draws without a memory: soft, and in somewhat wrong colours."""
+    soft = torch.nn.functional.avg_pool2d(truth, 3, 1, 1, count_include_pad=False)
+    return soft + torch.tensor([0.2, -0.15, 0.1]).view(3, 1, 1)
+
+
 def oracle_evaluation(monkeypatch, answer, **values):
     """An evaluation whose candidate answers from the truth of the frame that it is shown."""
     settings = {"frames": 24, "seeds": 2, "styles": ("clay",), "size": 24, "supersample": 1}
     config = ev.EvalConfig(**{**settings, "every": 4, "burn_in": 4, **values})
-    evaluation = ev.Evaluation(config, torch.device("cpu"))
+    without = ev.Candidate("without", None, None, remember=False)
+    evaluation = ev.Evaluation(config, torch.device("cpu"), without)
     shot = ev.Evaluation.shot
 
     def remembered(self, worlds, frame, truth, clips=None):
@@ -43,9 +50,11 @@ def oracle_evaluation(monkeypatch, answer, **values):
         return found
 
     monkeypatch.setattr(ev.Evaluation, "shot", remembered)
-    monkeypatch.setattr(
-        ev.Evaluation, "rollout", lambda self, candidate, seed=0: Oracle(evaluation, answer)
-    )
+
+    def rollout(self, candidate, seed=0):
+        return Oracle(evaluation, answer if candidate.remember else unremembered)
+
+    monkeypatch.setattr(ev.Evaluation, "rollout", rollout)
     return evaluation
 
 
@@ -65,7 +74,7 @@ def test_a_perfect_model_is_measured_as_perfect(monkeypatch):
 
 
 def test_a_drifting_model_is_caught(monkeypatch):
-    evaluation = oracle_evaluation(monkeypatch, lambda truth, n: truth + 0.01 * n)
+    evaluation = oracle_evaluation(monkeypatch, lambda truth, n: truth + 0.02 * n)
     (curves,) = evaluation.long_run([CANDIDATE])
     found = ev.summary(evaluation.config, curves, evaluation.names)
     assert found["psnr_slope_db_per_1000"]["high"] < -100
@@ -76,7 +85,7 @@ def test_a_drifting_model_is_caught(monkeypatch):
 COLLAPSES = {
     "saturation": lambda truth, n: truth.mean(1, keepdim=True).expand_as(truth),
     "contrast": lambda truth, n: truth * 0.2 + truth.mean((2, 3), keepdim=True) * 0.8,
-    "a flat picture has": lambda truth, n: -2 * truth,
+    "without a memory": lambda truth, n: -truth,
 }
 
 
@@ -86,22 +95,20 @@ def test_a_model_that_was_lost_before_the_burn_in_is_caught(monkeypatch, what):
     evaluation = oracle_evaluation(monkeypatch, COLLAPSES[what])
     (curves,) = evaluation.long_run([CANDIDATE])
     found = ev.summary(evaluation.config, curves, evaluation.names)
-    assert abs(found["ends_db"]["early"] - found["ends_db"]["late"]) < drift.FALL_DB
+    assert found["ends_db"]["early"] - found["ends_db"]["late"] < 3
     assert len(found["collapsed"]) == found["streams"] == 2
     assert found["collapsed"][0].startswith("clay seed 0: ") and what in found["collapsed"][0]
 
 
-def test_a_blurred_memoryless_or_miscoloured_picture_is_no_collapse(monkeypatch, seed):
-    """What a sound model without a memory draws: soft, and in somewhat wrong colours."""
-    torch.manual_seed(seed)
-    wrong = 0.2 * torch.randn(2, 3, 1, 1).clamp(-1, 1)
-
-    def soft(truth, n):
-        return torch.nn.functional.avg_pool2d(truth, 3, 1, 1, count_include_pad=False) + wrong
-
-    evaluation = oracle_evaluation(monkeypatch, soft)
+def test_to_forget_is_no_collapse(monkeypatch):
+    """From nearly the truth to what is drawn without a memory: 20 dB, and yet it follows."""
+    evaluation = oracle_evaluation(
+        monkeypatch, lambda truth, n: truth if n < 12 else unremembered(truth, n)
+    )
     (curves,) = evaluation.long_run([CANDIDATE])
-    assert not ev.summary(evaluation.config, curves, evaluation.names)["collapsed"]
+    found = ev.summary(evaluation.config, curves, evaluation.names)
+    assert found["ends_db"]["early"] > found["ends_db"]["late"] + 15 and not found["collapsed"]
+    assert found["ends_db"]["late"] == pytest.approx(found["ends_db"]["without"])
 
 
 def test_the_burn_in_is_measured_often_and_the_last_frame_of_each_end():

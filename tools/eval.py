@@ -8,6 +8,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         history_noise=args.history_noise, seconds=args.seconds,
         burn_in=min(args.burn_in, args.frames // 4),
     )  # fmt: skip
-    evaluation = ev.Evaluation(config, device)
+    found = candidates(args, device)
+    without = replace(found[0][1], steps=args.steps[-1], remember=False)
+    evaluation = ev.Evaluation(config, device, without)
     say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
     began = time.time()
     result: dict[str, Any] = {
@@ -123,7 +126,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         },
         "models": {}, "ablations": {},
     }  # fmt: skip
-    chosen = candidates(args, device)
+    chosen = only(found, args.only)
     strips = {c.name: Strips(config, args.out / f"{args.name}-{c.name}") for _, c in chosen}
 
     def keep(name: str, *frame) -> None:
@@ -180,13 +183,16 @@ def candidates(args: argparse.Namespace, device) -> list[tuple[str, Candidate]]:
         if other.remember:
             other.history_noise = 0.0  # trained without: it runs without
         found.append(("ablations", other))
-    if args.only:
-        known = [candidate.name for _, candidate in found]
-        for name in args.only:
-            if name not in known:
-                raise ValueError(f"--only: unknown candidate {name!r}; known: {', '.join(known)}")
-        found = [item for item in found if item[1].name in args.only]
     return found
+
+
+def only(found: list[tuple[str, Candidate]], names: list[str] | None) -> list:
+    """The candidates of these names; all of them without names."""
+    known = [candidate.name for _, candidate in found]
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"--only: unknown candidate {name!r}; known: {', '.join(known)}")
+    return [item for item in found if item[1].name in (names or known)]
 
 
 def ablation(text: str) -> tuple[str, str]:

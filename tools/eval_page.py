@@ -19,8 +19,8 @@ PANELS = (
     ("output_brightness", "brightness"),
 )
 OPENING = 200  # frames of the left column, where a weak memory falls
-GREY = {"psnr": "psnr_flat", "warp": "warp_truth"}  # what is drawn in grey, if not truth_...
-GREY_LABELS = {"psnr_flat": "a flat picture in the truth's mean colour"}
+GREY = {"psnr": "psnr_without", "warp": "warp_truth"}  # what is drawn in grey, if not truth_...
+GREY_LABELS = {"psnr_without": "without a memory"}
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")
 SHOWN = (
     ("clip", "The long run"),
