@@ -82,34 +82,6 @@ def test_unknown_command_brings_the_nearest(mirage):
     assert "unknown command 'bnech'" in err and "did you mean bench?" in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["run"], "required: INPUT, -o/--output"),
-        (["run", "a.mp4", "-o", "b.mp4", "--steps", "two"], "invalid int value: 'two'"),
-        (["run", "a.mp4", "-o", "b.mp4", "--steps", "0"], "--steps: must be at least 1 (got 0)"),
-        (["run", "a.mp4", "-o", "b.mp4", "--max-frames", "-1"], "--max-frames: must be at least"),
-        (["run", "a.mp4", "-o", "b.mp4", "--speed", "9"], "unrecognized arguments: --speed 9"),
-        (["run", "a.mp4", "-o", "b.mp4"], "no such file: 'a.mp4'"),
-        (["parity", "--op", "sliu"], "did you mean silu?"),
-        (["parity", "--backend", "pxt"], "did you mean ptx?"),
-        (["parity", "--dtype", "int8"], "--dtype: unknown dtype 'int8'"),
-        (["explain", "atention"], "did you mean attention?"),
-        (["explain", "silu", "--shape", "4x4"], "--shape: expected sizes with commas"),
-        (["explain", "silu", "--shape", "4", "--shape", "4"], "silu takes 1 tensors (x), got 2"),
-        (["explain", "group_norm", "--set", "group=3"], "did you mean groups?"),
-        (["explain", "group_norm", "--set", "groups=x"], "expected NAME=NUMBER"),
-        (["explain", "silu", "--device", "tpu"], "--device: expected cpu, cuda or cuda:N"),
-        (["explain", "silu", "--device", "cuda:99"], "--device: got cuda:99, but torch sees"),
-    ],
-)
-def test_bad_arguments_are_one_sentence_and_exit_code_2(mirage, arguments, words):
-    code, out, err = mirage(*arguments)
-    assert (code, out) == (2, "")
-    assert words in err
-    assert err.startswith(f"mirage {arguments[0]}: ") and err.count("\n") == 1
-
-
 def test_json_errors_are_json_too(mirage):
     code, out, err = mirage("run", "none.mp4", "-o", "o.mp4", "--json")
     assert code == 2

@@ -58,7 +58,7 @@ def device(name: str | None) -> torch.device:
         found = torch.device(name)
     except RuntimeError:
         found = None
-    if found is None or found.type not in ("cpu", "cuda"):
+    if found is None or found.type not in ("cpu", "cuda") or (found.type == "cpu" and found.index):
         raise BadInput(f"--device: expected cpu, cuda or cuda:N (got {name!r})")
     count = torch.cuda.device_count()
     if found.type == "cuda" and (found.index or 0) >= count:

@@ -16,6 +16,7 @@ from mirage_hello.bench.rows import Options
 from mirage_hello.bench.supervisor import run_groups
 from mirage_hello.bench.worker import CASES, GROUPS, MODEL_OPS, cases
 from mirage_hello.kernels import backends
+from mirage_hello.model import PRESETS
 from mirage_hello.tools.errors import BadInput, unknown_name
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -106,6 +107,7 @@ def _options(args: argparse.Namespace) -> Options:
     wanted_ops = _known("op", args.op, [case.op for case in _all_cases()] + [*MODEL_OPS])
     of_ops = [case.name for case in _all_cases() if not wanted_ops or case.op in wanted_ops]
     on_gpu, short = device == "cuda", args.quick or device == "cpu"
+    (preset,) = _known("preset", [args.preset or ("880m" if on_gpu else "tiny")], [*PRESETS])
     size = _size(args.size or ("512x512" if on_gpu else "64x64"))
     return Options(
         device=device,
@@ -116,7 +118,7 @@ def _options(args: argparse.Namespace) -> Options:
         peers=_peers(args.peers, device),
         quick=args.quick,
         cold=args.cold,
-        preset=args.preset or ("880m" if on_gpu else "tiny"),
+        preset=preset,
         size=size,
         steps=_steps(args.steps),
         frames=_frames(args.frames if args.frames is not None else 30 if short else 1000),

@@ -115,7 +115,10 @@ def _call(
             del values[name]  # an optional tensor that nobody asked for
             continue
         shape = shapes[min(index, len(shapes) - 1)]
-        like = torch.empty(shape, dtype=values[name].dtype, device=device)
+        try:
+            like = torch.empty(shape, dtype=values[name].dtype, device=device)
+        except RuntimeError as error:  # out of memory is one, too
+            raise BadInput(f"--shape: {shape} does not fit the memory; give a smaller") from error
         image = args.channels_last and len(shape) == 4
         values[name] = like.contiguous(memory_format=torch.channels_last) if image else like
     return values

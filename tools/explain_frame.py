@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.shape or args.set or args.channels_last:
         raise BadInput("explain frame: takes --preset, --size and --steps, not a shape")
+    if args.steps < 1:
+        raise BadInput(f"explain frame: --steps must be at least 1 (got {args.steps})")
     on_cpu = arguments.device(args.device).type == "cpu"
     width, height = arguments.size(args.size or (SIZE_ON_CPU if on_cpu else SIZE)) or (0, 0)
     args.checkpoint = args.style = None

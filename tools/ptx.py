@@ -74,6 +74,10 @@ def run(args: argparse.Namespace) -> int:
         if args.what == "check" and args.args is None:
             return _check_only(args, module)
         return _launch(args, module)
+    except OSError as error:
+        raise BadInput(
+            f"cannot read or write {error.filename} ({error.strerror}); give another path"
+        ) from error
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from error
 
@@ -81,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
 def _text(args: argparse.Namespace) -> str:
     if not args.file.is_file():
         raise BadInput(f"no file {args.file}; give the path of a .ptx or .ptx.j2 file")
-    text = args.file.read_text()
+    try:
+        text = args.file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{args.file} is not text ({error}); give a .ptx or .ptx.j2 file") from error
     if args.file.suffix != ".j2":
         return text
     import jinja2
@@ -112,6 +119,8 @@ def _check_only(args: argparse.Namespace, module) -> int:
     from mirage_hello.ptx.emulator.program import program
 
     kernels = {}
+    if not module.entries:
+        raise BadInput(f"{args.file}: there is no kernel in it; expected a .visible .entry")
     for entry in [args.entry] if args.entry else module.entries:
         lowered = program(module, entry)
         kernels[entry] = {
@@ -212,7 +221,7 @@ def _tensor(spec: str, generator):
     shape = tuple(int(v) for v in found[2].split(","))
     fill = found[3] or "zeros"
     if fill.startswith("@"):
-        return torch.from_numpy(np.load(fill[1:])).to(dtype).reshape(shape).contiguous()
+        return _loaded(fill[1:], dtype, shape)
     count = int(np.prod(shape))
     makers = {
         "randn": lambda: torch.randn(shape, generator=generator).to(dtype),
@@ -226,6 +235,17 @@ def _tensor(spec: str, generator):
     if fill not in makers:
         raise BadInput(unknown_name("fill", fill, FILLS))
     return makers[fill]()
+
+
+def _loaded(path: str, dtype, shape: tuple[int, ...]):
+    import numpy as np
+    import torch
+
+    try:
+        found = torch.from_numpy(np.load(path))
+        return found.to(dtype).reshape(shape).contiguous()
+    except (ValueError, TypeError, EOFError, RuntimeError) as error:
+        raise BadInput(f"{path}: expected an array of shape {shape} ({error})") from error
 
 
 def _argument(text: str, tensors: dict):

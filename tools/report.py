@@ -105,6 +105,8 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise BadInput(f"--readme: cannot read {path} ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"--readme: {path} is not text ({error}); give a Markdown file") from error
 
 
 def fill(text: str, runs: Sequence[run_file.Run], path: Path | str = "README.md") -> str:

@@ -94,6 +94,8 @@ def open_stream(args: argparse.Namespace, size: tuple[int, int]) -> FrameStream:
     name = args.preset or "tiny"
     if name not in presets.PRESETS:
         raise BadInput("--preset: " + unknown_name("preset", name, presets.PRESETS))
+    if not -(2**63) <= args.seed < 2**63:
+        raise BadInput(f"--seed: must be a number of 64 bits (got {args.seed})")
     steps = args.steps or (2 if name == "tiny" else 1)
     with sentences(size):
         if args.checkpoint is None:

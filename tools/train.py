@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mirage_hello.tools.arguments import add_device
+from mirage_hello.tools.arguments import add_device, device
 from mirage_hello.tools.arguments import add_parser as add
-from mirage_hello.tools.errors import BadInput
+from mirage_hello.tools.errors import BadInput, unknown_name
 
 EXAMPLES = """\
   mirage train --preset smoke --out out/smoke            every stage, seconds, on a CPU
@@ -60,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
             return 0
         if args.out is None:
             raise TrainingError("--out is missing; give the folder of the run")
+        if args.device:
+            device(args.device)  # of one process; torchrun's choose their own
+        args.out.mkdir(parents=True, exist_ok=True)
         options = Options(
             resume=args.resume, resume_from=args.resume_from, minutes=args.minutes,
             device=args.device, tensorboard=args.tensorboard, compact=args.compact,
@@ -68,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         finished = train(config, args.out, options)
     except TrainingError as error:
         raise BadInput(str(error)) from error
+    except (FileExistsError, NotADirectoryError, PermissionError, FileNotFoundError) as error:
+        raise BadInput(f"cannot use {error.filename} ({error.strerror}); choose another") from error
     if args.json:
         print(json.dumps({"finished": finished, "out": str(args.out)}))
     return 0
@@ -75,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 def settings(args: argparse.Namespace):
     """The configuration that the arguments describe."""
+    from mirage_hello.model.presets import PRESETS
     from mirage_hello.model.training.config import TrainingError, changed, preset, read
 
     config = read(args.config) if args.config else preset(args.preset or "shipped")
@@ -86,4 +92,7 @@ def settings(args: argparse.Namespace):
         values[key] = value
     if args.video:
         values["video"] = args.video
-    return changed(config, values)
+    config = changed(config, values)
+    if config.model not in PRESETS:
+        raise TrainingError("config: model: " + unknown_name("preset", config.model, PRESETS))
+    return config

@@ -61,9 +61,12 @@ def run(args: argparse.Namespace) -> int:
     groups = [MODEL_TILES] if args.model else _groups(options)
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or Path(scratch, "tiles.json")
-        measured = supervisor.run_groups(
-            groups, options, out, args.budget_seconds, args.commit, to_stderr=args.json
-        )
+        try:
+            measured = supervisor.run_groups(
+                groups, options, out, args.budget_seconds, args.commit, to_stderr=args.json
+            )
+        except OSError as error:
+            raise BadInput(f"cannot write {out} ({error}); choose another --out") from error
     card, commit = measured["meta"]["gpu"], measured["meta"]["commit"]
     path = tuning.shipped_path(card) if args.ship else tuning.user_path(card)
     results = measured.get("tiles", [])

@@ -100,13 +100,26 @@ class TrainConfig:
             "batch",
             "detail_frames",
         )
-        least = dict.fromkeys((*positive, "refresh_every", "log_every", "keep"), 1)
+        least = dict.fromkeys(
+            (*positive, "refresh_every", "log_every", "keep", "checkpoint_every"), 1
+        )
         least["autoencoder_batch"] = 2  # half of it is moved
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise TrainingError(
                     f"config: {name} must be at least {smallest} (got {getattr(self, name)})"
                 )
+        lengths = [f"{stage}_steps" for stage in STAGES]
+        for name in (*lengths, "minutes", "sample_every"):
+            if not getattr(self, name) >= 0:
+                raise TrainingError(
+                    f"config: {name} must not be negative (got {getattr(self, name)})"
+                )
+        if len(self.shares) != len(STAGES) or not self.rollouts:
+            raise TrainingError(
+                f"config: shares must be one a stage and rollouts one or more numbers "
+                f"(got {self.shares} and {self.rollouts})"
+            )
         if self.size % 8:
             raise TrainingError(f"config: size must be a multiple of 8 (got {self.size})")
         if self.pool_clips % self.refresh_clips:
@@ -157,7 +170,7 @@ def preset(name: str) -> TrainConfig:
     """The preset of that name; TrainingError lists the known ones and the nearest."""
     if name in PRESETS:
         return PRESETS[name]
-    near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise TrainingError(f"unknown preset {name!r} (known: {', '.join(PRESETS)}){hint}")
 
@@ -177,7 +190,7 @@ def changed(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
             raise TrainingError(f"config: unknown key {name!r}{hint}")
         try:
             converted[name] = _as_type_of(known[name], value)
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):
             raise TrainingError(
                 f"config: {name} must be like {known[name]!r} (got {value!r})"
             ) from None
@@ -211,10 +224,10 @@ def read(path: Path) -> TrainConfig:
         TrainingError: no such file, not TOML, an unknown key, or a wrong value.
     """
     try:
-        values = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise TrainingError(f"config: no file {path}") from None
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TrainingError(f"config: no file {path} ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrainingError(f"config: {path} is not TOML ({error})") from error
     return changed(preset(values.pop("preset", "shipped")), values)
 
