@@ -25,8 +25,6 @@ TILES = [
     Tile(2, 48, shared="x", stages=3),
     Tile(2, 48, 2, pingpong=True, shared="weight", stages=3),
 ]
-
-
 GATED = [Tile(1, 64), Tile(2, 96), Tile(1, 32, 2)]
 GATED += [Tile(2, 64, 1, pingpong=True, shared="weight"), Tile(1, 64, shared="x")]
 GATED += [Tile(2, 64, 1, pingpong=True), Tile(2, 160, 2, pingpong=True, stages=3)]
@@ -40,8 +38,6 @@ LAYERS = [
     ("geglu", 4096, 1280, 320), ("geglu", 1024, 2560, 640), ("geglu", 256, 5120, 1280),
     ("linear", 4096, 960, 320), ("linear", 1024, 1920, 640), ("linear", 256, 3840, 1280),
 ]  # fmt: skip
-
-
 CASES = [("linear", t) for t in TILES] + [("geglu", t) for t in GATED]
 
 

@@ -18,25 +18,18 @@ CHANGES = {
     "strength": lambda of: setattr(of, "strength", 0.4),
     "history noise": lambda of: setattr(of, "history_noise", 0.4),
     "guidance": lambda of: setattr(of, "guidance", 5.0),
+    "guidance on": lambda of: setattr(of, "guidance", 5.0),
+    "guidance off": lambda of: setattr(of, "guidance", None),
     "schedule": lambda of: setattr(of, "schedule", [2.0, 0.7, 0.0]),
     "weights": lambda of: of.set_deltas({WEIGHT: DELTA}, 0.5),
     "low-rank weights": lambda of: of.set_deltas({WEIGHT: (torch.ones(64, 2), torch.ones(2, 64))}),
     "folded weights": lambda of: of.set_deltas(FOLDED, 0.3),
 }
-
-
+REMADE = {"longer prompt", "guidance on", "guidance off"}  # the only ones with a new plan
 MIDDLE = "unet.mid_block.attentions.0"
-
-
 BLOCK = f"{MIDDLE}.transformer_blocks.0"
-
-
 WEIGHT = f"{BLOCK}.attn1.to_out.0.weight"
-
-
 DELTA = torch.linspace(-1, 1, 64 * 64).view(64, 64)
-
-
 FOLDED = {  # into others: the prompt's matrices, LayerNorm's weights, the merged last products
     f"{BLOCK}.attn2.to_q.weight": DELTA,
     f"{BLOCK}.attn2.to_out.0.weight": DELTA.T,
@@ -51,7 +44,7 @@ FOLDED = {  # into others: the prompt's matrices, LayerNorm's weights, the merge
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_between_two_frames_equals_a_fresh_plan(device, change: str, dtype) -> None:
     def make() -> FrameStream:
-        guidance = 2.0 if change == "guidance" else None
+        guidance = 2.0 if change in ("guidance", "guidance off") else None
         return planned(device, steps=2, guidance=guidance, dtype=dtype)
 
     frames = clip(3)
@@ -62,7 +55,7 @@ def test_a_change_between_two_frames_equals_a_fresh_plan(device, change: str, dt
     plan = live.plan
     CHANGES[change](live)
     assert not np.array_equal(plain.push(frames[1]), live.push(frames[1]))
-    assert (live.plan is plan) == (change != "longer prompt")  # nothing is captured again
+    assert (live.plan is plan) == (change not in REMADE)  # nothing is captured again
     live.reset()
     assert np.array_equal(run(live, frames), expected)
 
