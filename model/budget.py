@@ -83,8 +83,9 @@ def check(
     steps: int,
     device: torch.device | str,
     weights_loaded: bool = True,
+    batch: int = 1,
 ) -> Budget:
-    """`predict`, held against the memory that is free now.
+    """`predict`, held against the memory that is free now; guidance is a batch of 2.
 
     Raises:
         ValueError: it does not fit; the text names the largest size of the same shape that does.
@@ -92,11 +93,11 @@ def check(
     free = available(device)
 
     def needed(candidate: tuple[int, int]) -> int:
-        plan = predict(model, candidate, dtype, steps=steps, device=device)
+        plan = predict(model, candidate, dtype, batch, steps, device)
         return plan.total - (plan.weights if weights_loaded else 0)
 
     if needed(size) <= free:
-        return predict(model, size, dtype, steps=steps, device=device)
+        return predict(model, size, dtype, batch, steps, device)
     longest = max(size)
     for edge in range(longest - longest % 64, 0, -64):
         smaller = tuple(max(FACTOR, n * edge // longest // FACTOR * FACTOR) for n in size)

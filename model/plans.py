@@ -76,7 +76,9 @@ class Plans(LiveControls):
             model = budget.of(self.denoiser, self.autoencoder)
             while len(self._sizes) >= SIZES:  # make room first
                 del self._sizes[next(s for s in self._sizes if self._sizes[s] is not self._buffers)]
-            budget.check(model, (height, width), self.dtype, self.steps, self.device)
+            batch = 1 if self.guidance is None else 2
+            size = (height, width)
+            budget.check(model, size, self.dtype, self.steps, self.device, batch=batch)
             unet = self.denoiser.unet.config
             settings = self._settings
             aside = torch.cuda.Stream(self.device) if self._own.cuda else None

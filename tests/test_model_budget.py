@@ -122,6 +122,15 @@ def test_the_size_that_it_names_would_fit(monkeypatch, free_mib: int) -> None:
     assert width / height == pytest.approx(3840 / 2160, rel=0.05)
 
 
+def test_guidance_is_refused_where_one_prompt_fits(monkeypatch) -> None:
+    one = budget.predict("tiny", (256, 256))
+    monkeypatch.setattr(budget, "available", lambda device: one.buffers + one.activations + MIB)
+    pair = build("tiny")
+    FrameStream(*pair, size=(256, 256))
+    with pytest.raises(ValueError, match=r"256x256 needs .* would fit"):
+        FrameStream(*pair, size=(256, 256), guidance=3.0)
+
+
 def test_nothing_fits_into_nothing(monkeypatch) -> None:
     monkeypatch.setattr(budget, "available", lambda device: 0)
     with pytest.raises(ValueError, match="smaller preset"):
