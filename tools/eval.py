@@ -19,7 +19,9 @@ from mirage_hello.tools.eval_join import bring_pictures, join
 from mirage_hello.tools.eval_requirements import TEACHER_FRAMES, requirements, unmeasured
 
 if TYPE_CHECKING:
-    from mirage_hello.model.evaluation import Candidate
+    import torch
+
+    from mirage_hello.model.evaluation import Candidate, EvalConfig
 
 FORMAT = "mirage-eval-2"
 EXAMPLES = """\
@@ -94,8 +96,6 @@ def run(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """All the candidates that the arguments name, in the JSON schema of docs/evaluation.md."""
-    import torch
-
     from mirage_hello.kernels import use
     from mirage_hello.model import evaluation as ev
     from mirage_hello.model.data.styles import STYLES
@@ -109,24 +109,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         history_noise=args.history_noise, seconds=args.seconds,
         burn_in=min(args.burn_in, args.frames // 4),
     )  # fmt: skip
-    found = candidates(args, device)
-    without = replace(found[0][1], steps=args.steps[-1], remember=False)
+    known = candidates(args, device)
+    chosen = only(known, args.only)
+    without = replace(known[0][1], steps=args.steps[-1], remember=False)
     evaluation = ev.Evaluation(config, device, without)
     say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
     began = time.time()
-    result: dict[str, Any] = {
-        "format": FORMAT, "name": args.name, "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__, "size": args.size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "styles": list(config.styles), "seeds": args.seeds,
-        "settings": {
-            "frames": args.frames, "supersample": args.supersample, "every": args.every,
-            "burn_in": config.burn_in, "cut_run": args.cut_frames,
-            "history_noise": args.history_noise,
-        },
-        "models": {}, "ablations": {},
-    }  # fmt: skip
-    chosen = only(found, args.only)
+    result = about(args, config, device)
     strips = {c.name: Strips(config, args.out / f"{args.name}-{c.name}") for _, c in chosen}
 
     def keep(name: str, *frame) -> None:
@@ -142,6 +131,24 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         result[group][candidate.name] = found | {"strips": strips[candidate.name].write()}
     result["seconds"] = round(time.time() - began)
     return result
+
+
+def about(args: argparse.Namespace, config: EvalConfig, device: torch.device) -> dict[str, Any]:
+    """A result without candidates: what was run, and where."""
+    import torch
+
+    return {
+        "format": FORMAT, "name": args.name, "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__, "size": args.size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "styles": list(config.styles), "seeds": args.seeds,
+        "settings": {
+            "frames": args.frames, "supersample": args.supersample, "every": args.every,
+            "burn_in": config.burn_in, "cut_run": args.cut_frames,
+            "history_noise": args.history_noise,
+        },
+        "models": {}, "ablations": {},
+    }  # fmt: skip
 
 
 @contextlib.contextmanager
