@@ -3,6 +3,8 @@ statistics that the next GroupNorm needs.
 
     out = act(conv(silu(group_norm(cat([x, skip])))) + bias + channel_bias + residual)
 
+with a shortcut: + a 1x1 convolution of other tensors, whose K blocks follow the others' (Shortcut).
+
 A U-Net is a chain of these. Neither the normalised tensor nor a pass for its statistics exists: a
 convolution writes `sums` of its output, the next one merges those of its inputs and normalises each
 input patch in shared memory, between the load and the products.
@@ -29,6 +31,7 @@ from mirage_hello import reference
 from mirage_hello.kernels import conv2d, conv2d_sm90a
 from mirage_hello.kernels.call import Call, TensorSpec, device_arch
 from mirage_hello.kernels.conv2d_norm import Norm
+from mirage_hello.kernels.conv2d_sm90a import Shortcut
 
 
 def conv2d_fused(
@@ -44,6 +47,7 @@ def conv2d_fused(
     norm: Norm | None = None,
     unit: int = 0,
     activation: str | None = None,
+    shortcut: Shortcut | None = None,
     backend: str = "ptx",
 ) -> tuple[Tensor, Tensor | None]:
     """out = act(conv(silu(group_norm(cat([x, skip])))) + bias + channel_bias + residual), and sums.
@@ -53,6 +57,8 @@ def conv2d_fused(
         norm: of the input, or None: read as it is.
         unit: channels that share a sum, even, a divisor of O; 0: no sums.
         activation: "silu" or None; of the output, before its sums.
+        shortcut: (x [B, D, H, W], weight [O, D + D', 1, 1], skip or None), added like a residual;
+            not with a norm, a skip, upsample or a window other than 3x3 with padding 1.
         backend: "ptx" (compute capability 9.0; CPU tensors run in the emulator) or "torch".
 
     Returns:
@@ -73,9 +79,11 @@ def conv2d_fused(
     }  # fmt: skip
     check_call("conv2d_fused", values, on_ptx=backend == "ptx")
     check(x, weight, skip, norm, unit, activation)
+    if shortcut is not None:
+        check_shortcut(values, shortcut, norm, on_ptx=backend == "ptx")
     return run(
         x, weight, bias, stride, padding, channel_bias, residual, skip, upsample,
-        norm=norm, unit=unit, activation=activation,
+        norm=norm, unit=unit, activation=activation, shortcut=shortcut,
     )  # fmt: skip
 
 
@@ -141,6 +149,30 @@ def check(
         )
 
 
+def check_shortcut(
+    values: Mapping[str, Any], shortcut: Shortcut, norm: Norm | None, on_ptx: bool
+) -> None:
+    """A 1x1 convolution of the output's size, beside a plain 3x3 one."""
+    x, weight = values["x"], values["weight"]
+    window = (*weight.shape[2:], values["stride"], *reference.sides(values["padding"]))
+    if norm or values["skip"] is not None or values["upsample"] or window != (3, 3, 1, 1, 1):
+        raise ValueError(
+            "conv2d_fused: a shortcut stands beside a 3x3 convolution of one tensor, stride 1, "
+            f"padding 1, without norm and upsample (got window, stride, padding {window}); call "
+            "it by itself and give its output as residual"
+        )
+    short = {"x": shortcut.x, "weight": shortcut.weight, "skip": shortcut.skip}
+    more = {"bias": None, "channel_bias": None, "residual": None, "upsample": False}
+    check_call("conv2d_fused", {**short, **more, "stride": 1, "padding": 0}, on_ptx)
+    expected = (x.shape[0], *x.shape[2:], weight.shape[0], x.dtype)
+    got = (shortcut.x.shape[0], *shortcut.x.shape[2:], len(shortcut.weight), shortcut.x.dtype)
+    if got != expected or shortcut.weight.shape[2:] != (1, 1):
+        raise ValueError(
+            f"conv2d_fused: a shortcut must be 1x1 with B, H, W, O, dtype {expected} (got {got}, "
+            f"weight {tuple(shortcut.weight.shape)})"
+        )
+
+
 # torch
 
 
@@ -189,6 +221,7 @@ def conv2d_fused_torch(
     norm: Norm | None = None,
     unit: int = 0,
     activation: str | None = None,
+    shortcut: Shortcut | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """conv2d_fused by torch's operations, one after the other; sums of one part."""
     if norm is not None:
@@ -199,6 +232,8 @@ def conv2d_fused_torch(
         x = F.silu(x) if norm.silu else x
     args = (stride, padding, channel_bias, residual, skip, upsample)
     out = reference.conv2d(x, weight, bias, *args)
+    if shortcut is not None:
+        out = out + F.conv2d(torch.cat(shortcut.inputs, 1), shortcut.weight)
     out = F.silu(out) if activation == "silu" else out
     return out, sums_torch(out, unit) if unit else None
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,19 @@ from mirage_hello.reference import Padding, sides
 __all__ = ["candidates", "choose_tile", "conv2d_fused_sm90a", "conv2d_sm90a", "program", "supports"]
 
 SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+class Shortcut(NamedTuple):
+    """A 1x1 convolution that is added: weight [O, D + D', 1, 1] of cat([x, skip]), [B, D, P, Q] and
+    [B, D', P, Q] or None, all channels-last, D and D' multiples of 8."""
+
+    x: Tensor
+    weight: Tensor
+    skip: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.x,) if self.skip is None else (self.x, self.skip)
 
 
 def conv2d_sm90a(
@@ -50,12 +63,15 @@ def conv2d_fused_sm90a(
     activation: str | None = None,
     scales: Tensor | None = None,
     x_scale: float = 1.0,
+    shortcut: Shortcut | None = None,
     tile: Tile | None = None,
+    copy: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See conv2d_fused.conv2d_fused; `tile` overrides the choice.
 
     scales: float32 [O], of an e4m3 weight; x is e4m3 too, in units of x_scale, and out bfloat16.
         With a norm x is bfloat16, and e4m3 once it is normalised.
+    copy: an e4m3 tensor like out, which takes e4m3(out / scale), and that scale.
 
     Raises:
         ValueError: a tile whose slices are narrower than a unit; a norm with another stride than 1.
@@ -74,10 +90,12 @@ def conv2d_fused_sm90a(
         (batch, outputs, p, q), dtype=dtype, device=x.device, memory_format=torch.channels_last
     )
     inputs, depth = (x,) if skip is None else (x, skip), 128 if fp8 else 64
-    blocks = r * s * sum(-(-t.shape[1] // depth) for t in inputs)
+    tapped = r * s * sum(-(-t.shape[1] // depth) for t in inputs)
+    short = sum(-(-t.shape[1] // depth) for t in shortcut.inputs) if shortcut else 0
+    blocks = tapped + short
     grid_p, grid_q = (height, width) if upsample else (p, q)
     shape = (batch * up**2, grid_p, grid_q, outputs, blocks, r, s, stride)
-    tile = tile or choose_tile(*shape, unit, 0 if norm is None else norm.groups, fp8)
+    tile = tile or choose_tile(*shape, unit, 0 if norm is None else norm.groups, fp8, short)
     norm = norm and merged_early(norm, x)
     tile = replace(tile, quantises=fp8 and norm is not None)
     table_bytes = tile.table_bytes(batch, blocks, r * s, norm.groups) if norm else 0
@@ -92,19 +110,25 @@ def conv2d_fused_sm90a(
         return out, sums
     box = (8 + s - 1, rows + r - 1, 1) if tile.patch else (8 * stride, rows * stride, 1)
     maps = (*(_pixels(t, box, stride) for t in inputs), _taps(weight, tile.block_n))
+    if shortcut:
+        maps += (*(_pixels(t, (8, rows, 1), 1) for t in shortcut.inputs),)
+        maps += (loader.tensor_map(shortcut.weight.flatten(1), (64, tile.block_n)),)
     tiles = (tiles_x, tiles_y * batch, -(-outputs // tile.block_n) * up * up)
-    short = SHORT_NAME[dtype]
+    name = SHORT_NAME[dtype]
     norm_silu = None if norm is None else norm.silu
     variant = skip is not None, upsample, unit, activation == "silu", norm_silu, fp8
-    program(tile, r, s, stride, short, *variant).launch(
-        f"conv2d_{short}",
+    beside = len(shortcut.inputs) if shortcut else 0
+    program(tile, r, s, stride, name, *variant, beside, copy is not None).launch(
+        f"conv2d_{name}",
         grid=tile.grid(*tiles),
         block=(128 * (tile.warpgroups + (2 if norm else 1)),),
         args=(
             *maps, *((scales, x_scale) if fp8 else ()), bias, channel_bias, residual,
-            *((sums, parts) if unit else ()), out, outputs,
+            *((sums, parts) if unit else ()), out,
+            *(() if copy is None else (copy[0], 1 / copy[1])), outputs,
             *((math.prod(tiles), *tiles[:2]) if tile.persistent else (tiles_x,) if unit else ()),
             blocks, p, q, tiles_y, before, channels,
+            *((tapped, shortcut.x.shape[1]) if shortcut else ()),
             *(norm_args(norm, x, skip, batch if tile.persistent else 1) if norm else ()),
             *((1 / x_scale,) if tile.quantises else ()),
         ),
@@ -135,13 +159,18 @@ def program(
     silu: bool = False,
     norm_silu: bool | None = None,
     fp8: bool = False,
+    shortcut: int = 0,
+    copied: bool = False,
 ) -> loader.Program:
-    """The program of a fitted tile; norm_silu: whether SiLU follows the norm, None without one."""
+    """The program of a fitted tile; norm_silu: whether SiLU follows the norm, None without one;
+    shortcut: tensors that a 1x1 convolution beside this one reads."""
     return loader.program(
         "conv2d.sm90a", R=r, S=s, STRIDE=stride, SKIP=skip, UPSAMPLE=upsample,
         PATCH=tile.patch, PATCH_STAGES=tile.patch_stages, dtype=dtype, SUMS=unit,
         SUM_SLOTS=_slots(tile, unit), SILU=silu, NORM=norm_silu is not None,
-        NORM_SILU=bool(norm_silu), FP8=fp8, PROMOTE=tile.promote, **tile.variables(r, s),
+        NORM_SILU=bool(norm_silu), FP8=fp8, PROMOTE=tile.promote, SHORTCUT=shortcut,
+        COPY=copied,
+        **tile.variables(r, s),
     )  # fmt: skip
 
 

@@ -213,6 +213,7 @@ def choose_tile(
     unit: int = 0,
     groups: int = 0,
     fp8: bool = False,
+    short: int = 0,
 ) -> Tile:
     """The tile for `blocks` K blocks: as measured on this card, else by the least estimated time.
 
@@ -221,6 +222,7 @@ def choose_tile(
         unit: channels of a sum, 0: no sums; not every tile can make them.
         groups: of the input's norm, 0: none; it needs a patch and a table of the channels.
         fp8: e4m3 operands, 128 channels a K block.
+        short: of the K blocks, those of a shortcut; they come after the others.
     """
     shape = (batch, p, q, outputs, blocks, r, s, stride)
 
@@ -230,15 +232,18 @@ def choose_tile(
         return tile.clocks(tiles, blocks, loaded)
 
     names = ("batch", "p", "q", "outputs", "blocks", "r", "s", "stride", "unit", "groups")
-    key = dict(zip(names, (*shape, unit, groups), strict=True))
-    fits = functools.partial(fitting, batch, blocks, r, s, stride, unit, groups, fp8)
+    key: dict[str, int] = dict(zip(names, (*shape, unit, groups), strict=True))
+    if short:
+        key["short"] = short
+    fits = functools.partial(fitting, batch, blocks, r, s, stride, unit, groups, fp8, bool(short))
     return tuning.tile_for("conv2d_fp8" if fp8 else "conv2d", key, fits, clocks)
 
 
 @functools.lru_cache(maxsize=256)
 def fitting(
-    batch: int, blocks: int, r: int, s: int, stride: int, unit: int, groups: int, fp8: bool
-) -> tuple[Tile, ...]:
+    batch: int, blocks: int, r: int, s: int, stride: int, unit: int, groups: int, fp8: bool,
+    short: bool = False,
+) -> tuple[Tile, ...]:  # fmt: skip
     """The tiles that compute such a convolution, then those of them with shallower rings."""
     found = candidates(blocks, r, s, stride, patch=bool(groups))
     if groups or fp8:
@@ -251,6 +256,8 @@ def fitting(
         fits = (t for t in fits if t.blocks_per_sm == 1)
         found = [replace(t, promote=PROMOTE, quantises=bool(groups)) for t in fits]
     found = [t for t in found if not groups or _normalises(t, batch, blocks, r, s, groups)]
+    if short:
+        found = [t for t in found if t.patch and not t.persistent]
     rings = [(t, t.most_stages(t.share(blocks), r, s)) for t in found]
     shallower = [replace(t, stages=n) for t, most in rings for n in SHALLOWER if n < most]
     return (*found, *shallower)

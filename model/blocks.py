@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirage_hello.kernels import ops
-from mirage_hello.model.layers import Image, convolve, leaves_sums
+from mirage_hello.model.layers import Image, Shortcut, convolve, leaves_sums
 from mirage_hello.model.rows import (
     Keys,
     Tokens,
@@ -43,8 +43,8 @@ class ResnetBlock(nn.Module):
 
     bias: [B, C_out], from the noise level.
     The bias is added inside the first convolution and the shortcut inside the second: two launches
-    a block where the convolutions normalise what they read, else four; one more where the width
-    changes.
+    a block where the convolutions normalise what they read, else four. Where the width changes the
+    shortcut is a 1x1 convolution: more of K of the second one, or one launch more.
     """
 
     def __init__(self, c_in: int, c_out: int, embedding: int, groups: int, unit: int = 0) -> None:
@@ -63,9 +63,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Image, bias: Tensor, skip: Image | None = None) -> Image:
         h = convolve(x, self.conv1, self.norm1, skip=skip, channel_bias=bias, unit=self.unit)
-        if self.conv_shortcut is not None:
-            x = convolve(x, self.conv_shortcut, skip=skip)
-        return convolve(h, self.conv2, self.norm2, residual=x.pixels, unit=self.unit)
+        if self.conv_shortcut is None:
+            return convolve(h, self.conv2, self.norm2, residual=x.pixels, unit=self.unit)
+        shortcut = Shortcut(x, self.conv_shortcut, skip)
+        return convolve(h, self.conv2, self.norm2, shortcut=shortcut, unit=self.unit)
 
 
 class SelfAttention(nn.Module):

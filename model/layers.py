@@ -8,6 +8,7 @@ else the same layer is a chain of registry ops. `rows` has the layers of the tra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,11 +23,29 @@ from mirage_hello.model.ways import fused_backend, ways
 CHANNELS = 8  # TMA moves 16 bytes: channels of a convolution come in multiples of 8
 
 
+class Eight(NamedTuple):
+    """Pixels in e4m3, in units of the scale."""
+
+    values: Tensor
+    scale: float
+
+
 class Image(NamedTuple):
-    """Pixels [B, C, H, W], and the sums that their producer left for a GroupNorm, or None."""
+    """Pixels [B, C, H, W], and what their producer left: sums for a GroupNorm, a copy in e4m3 for
+    convolutions without one; None: not. maker: the producer."""
 
     pixels: Tensor
     sums: Tensor | None = None
+    eight: Eight | None = None
+    maker: nn.Module | None = None
+
+
+class Shortcut(NamedTuple):
+    """conv(cat([x, skip])) of a 1x1 convolution, beside the branch that it is added to."""
+
+    x: Image
+    conv: nn.Conv2d
+    skip: Image | None = None
 
 
 def convolve(
@@ -41,6 +60,7 @@ def convolve(
     silu: bool = False,
     unit: int = 0,
     norm_silu: bool = True,
+    shortcut: Shortcut | None = None,
 ) -> Image:
     """act(conv(silu(norm(cat([x, skip])))) + channel_bias + residual), as one launch where it can.
 
@@ -51,8 +71,20 @@ def convolve(
         channel_bias: [B, O]. residual: [B, O, P, Q].
         silu: of the result. unit: channels that share a sum in the result; 0: no sums.
         norm_silu: whether SiLU follows the norm.
+        shortcut: added, in the place of a residual.
     """
     backend = fused_backend(x.pixels)
+    if norm is None:
+        _note_outputs(x, skip)
+        if backend == "ptx" and not silu and shortcut is None and fp8.in_use(conv):
+            raw = _convolve_raw_fp8(x, conv, skip, upsample, channel_bias, residual, unit)
+            if raw is not None:
+                return raw
+    if shortcut is not None:
+        _note_outputs(shortcut.x, shortcut.skip)
+    if shortcut is not None and not _folds_shortcut(backend, conv):
+        residual = convolve(shortcut.x, shortcut.conv, skip=shortcut.skip).pixels
+        shortcut = None
     statistics = None
     stride, padding = conv.stride[0], int(conv.padding[0])
     if backend is not None and unit and not leaves_sums(x.pixels, conv, 2 if upsample else 1):
@@ -70,14 +102,38 @@ def convolve(
     weight, bias = (conv.weight, conv.bias) if backend is None else padded(conv)
     pixels, outputs = _pad_channels(x.pixels, weight, skip), conv.out_channels
     args = (stride, padding, channel_bias, residual, skip and skip.pixels, upsample)
-    if backend is None or not (statistics or silu or unit):
+    beside = None
+    if shortcut is not None:
+        beside, bias = _beside(shortcut, conv)
+    if backend is None or not (statistics or silu or unit or beside):
         out = _first_channels(ops.conv2d(pixels, weight, bias, *args), outputs)
-        return Image(ops.silu(out) if silu else out)
+        return Image(ops.silu(out) if silu else out, maker=conv)
     out, sums = conv2d_fused.conv2d_fused(
         pixels, weight, bias, *args, norm=statistics, unit=unit,
-        activation="silu" if silu else None, backend=backend,
+        activation="silu" if silu else None, shortcut=beside, backend=backend,
     )  # fmt: skip
-    return Image(_first_channels(out, outputs), sums)
+    return Image(_first_channels(out, outputs), sums, maker=conv)
+
+
+def _folds_shortcut(backend: str | None, conv: nn.Conv2d) -> bool:
+    """Whether a shortcut's 1x1 convolution becomes more of K of this one."""
+    if backend is None or not ways().shortcuts or 3 in ways().on_load or fp8.in_use(conv):
+        return False
+    window = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+    return window == (3, 1, 1) and conv.out_channels % CHANNELS == 0
+
+
+def _beside(shortcut: Shortcut, conv: nn.Conv2d) -> tuple[conv2d_fused.Shortcut, Tensor | None]:
+    """The shortcut as the kernel takes it, and the two biases as one."""
+    biases = tuple(c.bias for c in (conv, shortcut.conv) if c.bias is not None)
+
+    def make() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (torch.stack([b.float() for b in biases]).sum(0).to(biases[0].dtype),)
+
+    bias = derived(shortcut.conv, biases, make)[0] if biases else None
+    skip = None if shortcut.skip is None else shortcut.skip.pixels
+    return conv2d_fused.Shortcut(shortcut.x.pixels, shortcut.conv.weight, skip), bias
 
 
 def leaves_sums(x: Tensor, conv: nn.Conv2d, enlarged: int = 1) -> bool:
@@ -111,9 +167,62 @@ def _convolve_fp8(
     )
     out, sums = conv2d_fp8.conv2d_fp8(
         h, weight, scale, conv.bias, conv.stride[0], int(conv.padding[0]), channel_bias, residual,
-        unit=unit,
+        unit=unit, copy=(copy := copy_of(conv, h.shape)),
     )  # fmt: skip
-    return Image(out, sums)
+    return Image(out, sums, copy and Eight(*copy), conv)
+
+
+def _convolve_raw_fp8(
+    x: Image,
+    conv: nn.Conv2d,
+    skip: Image | None,
+    upsample: bool,
+    channel_bias: Tensor | None,
+    residual: Tensor | None,
+    unit: int,
+) -> Image | None:
+    """The convolution in e4m3 of what no norm reads; None: an input has no copy in e4m3."""
+    if not ways().e4m3_raw or x.eight is None or (skip is not None and skip.eight is None):
+        return None
+    inputs = [image.eight for image in (x, skip) if image is not None and image.eight is not None]
+
+    def make() -> tuple[Tensor, ...]:
+        """With each input's scale in its channels, so that they may differ."""
+        with torch.no_grad():
+            parts = conv.weight.float().split([eight.values.shape[1] for eight in inputs], 1)
+            wide = torch.cat([w * i.scale for w, i in zip(parts, inputs, strict=True)], 1)
+            weight = conv2d_fp8.quantise_weight(wide)
+        return weight.values, weight.scales
+
+    number = sum((i + 1) * eight.scale for i, eight in enumerate(inputs))
+    weight = conv2d_fp8.Weight(*derived(conv, (conv.weight,), make, number))
+    stride, padding = conv.stride[0], int(conv.padding[0])
+    batch, _, *sides = inputs[0].values.shape
+    shape = (batch, 0, *((2 * n if upsample else -(-n // stride)) for n in sides))
+    out, sums = conv2d_fp8.conv2d_fp8(
+        inputs[0].values, weight, 1.0, conv.bias, stride, padding, channel_bias, residual,
+        inputs[1].values if skip is not None else None, upsample, unit=unit,
+        copy=(copy := copy_of(conv, shape)),
+    )  # fmt: skip
+    return Image(out, sums, copy and Eight(*copy), conv)
+
+
+def copy_of(conv: nn.Conv2d, shape: Sequence[int]) -> tuple[Tensor, float] | None:
+    """Memory for the copy in e4m3 of this layer's output, shape [B, anything, P, Q], and its scale;
+    None: nothing reads it in e4m3."""
+    scale = fp8.output_scale_of(conv) if ways().e4m3_raw else None
+    if scale is None or conv.out_channels % 16:
+        return None
+    shape = (shape[0], conv.out_channels, *shape[2:])
+    size = {"dtype": torch.float8_e4m3fn, "device": conv.weight.device}
+    return torch.empty(shape, **size, memory_format=torch.channels_last), scale
+
+
+def _note_outputs(*images: Image | None) -> None:
+    """While a clip is calibrated: the largest value of images that are read without a norm."""
+    for image in images:
+        if image is not None and image.maker is not None:
+            fp8.note_output(image.maker, image.pixels)
 
 
 def normalise(x: Image, norm: nn.GroupNorm, skip: Image | None = None, silu: bool = True) -> Image:

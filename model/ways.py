@@ -37,6 +37,7 @@ class Ways:
         row_sums: a linear layer leaves sums of its rows for the LayerNorm folded behind it, which
             else takes a kernel for them.
         prompts: a cross-attention is two products with the matrices made of the prompt.
+        shortcuts: the 1x1 convolution of a residual block is more of K of its second one.
         on_load: windows (1, 3) of the convolutions that normalise what they load.
         e4m3_rows: of a calibrated network the layers behind LayerNorms, the projections in and the
             folded prompts multiply in e4m3, too; else only the second product of a feed-forward.
@@ -49,6 +50,7 @@ class Ways:
     merges_from: int = 0
     row_sums: bool = True
     prompts: bool = True
+    shortcuts: bool = True
     on_load: tuple[int, ...] = ()
     e4m3_rows: bool = True
     e4m3_merges: bool = True
