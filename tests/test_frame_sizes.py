@@ -40,6 +40,7 @@ def test_every_count_of_steps_and_both_batches(device: torch.device, steps: int,
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("preset", ["391m", "880m"])
 def test_the_presets_at_every_size(preset: str) -> None:
     frames = {name: clip(2, *size) for name, size in SIZES.items()}
@@ -64,6 +65,7 @@ def test_the_presets_at_every_size(preset: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("preset", ["391m", "880m"])
 def test_the_memory_of_a_plan_was_predicted(preset: str) -> None:
     """What is there beside the weights while a plan is built and run, against the prediction."""
