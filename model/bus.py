@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirage_hello.ptx.host_memory import write_combined
+from mirage_hello.ptx import capture_mode
+from mirage_hello.ptx.host_memory import page_locked
 
 IN_FLIGHT = 2  # frames: one is computed while its neighbours are on the bus
 LENT = 6  # outputs that a caller may hold without a copy; 0.8 MB of pinned memory each at 512x512
@@ -24,22 +25,15 @@ class Pinned(NamedTuple):
     interface: dict[str, Any]  # the array's, as NumPy's protocol wants it
 
     @staticmethod
-    def of(tensor: Tensor) -> Pinned:
-        """Both views of a tensor on the host."""
-        array = tensor.numpy()
-        return Pinned(tensor, array, array.__array_interface__)
+    def like(frame: Tensor, only_written: bool = False) -> Pinned:
+        """Memory for a frame of this shape; not pinned for a frame on the host.
 
-    @staticmethod
-    def like(frame: Tensor) -> Pinned:
-        """Memory for a frame of this shape; not pinned for a frame on the host."""
-        return Pinned.of(torch.empty_like(frame, device="cpu", pin_memory=frame.is_cuda))
-
-    @staticmethod
-    def only_written(frame: Tensor) -> Pinned:
-        """The same in memory that the host must not read."""
-        if not frame.is_cuda:
-            return Pinned.like(frame)
-        return Pinned.of(torch.from_numpy(write_combined(tuple(frame.shape))))
+        Args: only_written: the host shall never read it, and writes it faster.
+        """
+        shape = tuple(frame.shape)
+        on_host = not frame.is_cuda
+        array = np.empty(shape, np.uint8) if on_host else page_locked(shape, only_written)
+        return Pinned(torch.from_numpy(array), array, array.__array_interface__)
 
 
 @dataclass(eq=False)
@@ -118,6 +112,12 @@ class Bus:
     def under_way(self) -> int:
         """Frames taken and not collected."""
         return len(self._under_way)
+
+    def __del__(self) -> None:
+        for slot, *_ in self._under_way:  # nobody else may have the memory while it is written
+            if slot is not None:
+                with capture_mode.relaxed():
+                    slot.downloaded.synchronize()
 
     def bring(self, frame: np.ndarray | Tensor) -> _Slot | None:
         """Queue the way of a frame into `frame_in`; the slot goes to `take`.
@@ -201,6 +201,7 @@ def _copy(memory: Tensor, frame: np.ndarray | Tensor) -> None:
 
 def _slot(frame: Tensor) -> _Slot:
     # Empty: nothing that a copy stream would have to wait for is queued for this memory.
+    host_in = Pinned.like(frame, only_written=True)
     staged = [torch.empty_like(frame) for _ in range(2)]
     events = [torch.cuda.Event() for _ in range(3)]
-    return _Slot(Pinned.only_written(frame), staged[0], staged[1], events[0], events[1], events[2])
+    return _Slot(host_in, staged[0], staged[1], events[0], events[1], events[2])

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mirage_hello.ptx import loader
+from mirage_hello.ptx import capture_mode, loader
 
 ALIGNMENT = 512  # bytes: what torch's own allocator aligns to
 MIB = 2**20
@@ -143,7 +143,8 @@ class Plan:
         graph: bool | None = None,
         arena: bool = True,
     ) -> None:
-        self._function, self._device = function, device
+        self._function: Callable[[], Any] | None = function
+        self._device = device
         self.graph: torch.cuda.CUDAGraph | None = None
         self._arena: Tensor | None = None
         self.record = Record()
@@ -152,6 +153,7 @@ class Plan:
 
     def _build(self, modules: Mapping[str, nn.Module], graph: bool | None, arena: bool) -> None:
         function, device = self._function, self._device
+        assert function is not None
         with _side_stream(device):
             function()  # builds kernels, lets libraries choose, fills caches: no part of the plan
             if arena:
@@ -172,6 +174,7 @@ class Plan:
         if self.graph is not None:
             self.graph.replay()
         else:
+            assert self._function is not None
             with torch.no_grad(), self._served():
                 self._function()
 
@@ -179,9 +182,14 @@ class Plan:
         graph = torch.cuda.CUDAGraph()
         # thread_local: another stream's thread may go on allocating meanwhile.
         capture = torch.cuda.graph(graph, capture_error_mode="thread_local")
+        assert self._function is not None
         with torch.no_grad(), capture, _nothing_collected(), self._served():
             self._function()
         self.graph = graph
+        # The function holds its stream, which holds this plan: without it a stream that is dropped
+        # ends at once and not when the garbage collector finds the ring, maybe in another capture.
+        self._function = None
+        weakref.finalize(self, _end, graph).atexit = False
 
     def _served(self) -> contextlib.AbstractContextManager[Any]:
         if self._arena is None:
@@ -190,6 +198,11 @@ class Plan:
 
     def __str__(self) -> str:
         return str(self.record)
+
+
+def _end(graph: torch.cuda.CUDAGraph) -> None:
+    with capture_mode.relaxed():  # it may end while this thread captures another
+        graph.reset()
 
 
 def recorded(

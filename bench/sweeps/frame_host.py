@@ -47,10 +47,9 @@ def whole_frames(stream: FrameStream, frames: np.ndarray, found: Found) -> None:
     """submit and collect, for each way of copying."""
     buffers, default = stream._buffers, torch.get_num_threads()
     assert buffers is not None
-    memories = {"write-combined": Pinned.only_written, "pinned": Pinned.like}
-    for memory, make in memories.items():
+    for memory, only_written in {"pinned": False, "write-combined": True}.items():
         for slot in buffers.bus._free:
-            slot.host_in = make(buffers.frame_in[0])
+            slot.host_in = Pinned.like(buffers.frame_in[0], only_written)
         for threads in sorted({default, 4, 1}, reverse=True):
             torch.set_num_threads(threads)
             some = {"cold": itertools.islice(itertools.cycle(frames), FRAMES)}
@@ -60,8 +59,6 @@ def whole_frames(stream: FrameStream, frames: np.ndarray, found: Found) -> None:
             if memory == "write-combined":
                 _keep(found, f"push: {threads} threads", lambda: pushed(stream, frames))
     torch.set_num_threads(default)
-    for slot in buffers.bus._free:
-        slot.host_in = Pinned.only_written(buffers.frame_in[0])
     pinned = [torch.from_numpy(frame).pin_memory() for frame in frames]
     for name, kind in {"NumPy": list(frames) * 2, "pinned": pinned * 2}.items():
         _keep(found, f"frame: {name}", lambda: bus.host_us(stream, kind))  # noqa: B023
@@ -162,7 +159,7 @@ def calls(stream: FrameStream, frames: np.ndarray, found: Found) -> None:
 def copies(out: str) -> None:
     """torch's copies behind 2.4 ms of a device at work, in this process's environment."""
     found: Found = {}
-    memory, frames = Pinned.only_written(torch.empty(*SIZE, 3, device="cuda")).tensor, clip()
+    memory, frames = Pinned.like(torch.empty(*SIZE, 3, device="cuda"), True).tensor, clip()
     turn = itertools.cycle(torch.from_numpy(frame) for frame in frames)
     for threads in (4, 1):
         torch.set_num_threads(threads)
