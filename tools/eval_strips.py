@@ -12,7 +12,7 @@ from mirage_hello.model.data.png import png
 from mirage_hello.model.evaluation import EvalConfig
 
 LONG_CLIP = 120  # most frames of the clip of the long run, which is shown in larger steps
-CUTS_CLIP = 120  # frames in a row of the run with cuts: flicker shows where none is left out
+CUTS_CLIP = 72  # frames in a row of the run with cuts: flicker shows where none is left out
 FPS = 12
 
 
@@ -68,7 +68,7 @@ class Strips:
         for label, clip, ending in (("clip", self.long, ""), ("cuts", self.cuts, "-cuts")):
             path = self.stem.with_name(f"{self.stem.name}{ending}.mp4")
             try:
-                names[label] = path.name if clip and write_video(path, clip, FPS, crf=27) else ""
+                names[label] = path.name if clip and write_video(path, clip, FPS, crf=28) else ""
             except ImportError:
                 names[label] = ""
         return names
