@@ -32,7 +32,7 @@ class TrainConfig:
     video: str = ""
     size: int = 256  # pixels a side
     supersample: int = 2
-    rough_share: float = 0.0  # clips of one ray a pixel, four times as fast to render
+    rough_share: float = 0.5  # clips of one ray a pixel, four times as fast to render
     fused: bool = True  # on CUDA: rays in one Triton kernel
     cells: int = 14  # how far the renderer's rays go, in cells of 10 units
     camera_share: float = 0.2  # clips whose input view looks like a camera's
@@ -40,7 +40,7 @@ class TrainConfig:
     pool_clips: int = 1024  # latents of this many clips stay on the device
     clip_frames: int = 40
     refresh_clips: int = 32  # so many new clips, of one style, ...
-    refresh_every: int = 30  # ... every so many steps: what is seen often is learnt by heart
+    refresh_every: int = 80  # ... every so many steps: what is seen often is learnt by heart
     autoencoder_refresh_every: int = 8
     # Lengths.
     autoencoder_steps: int = 15000
@@ -69,7 +69,7 @@ class TrainConfig:
     clean_share: float = 0.15  # memories with no noise at all
     history_dropout: float = 0.1
     tint: float = 0.0  # share of memories and targets in colours that only the memory can tell
-    corruption: float = 0.25  # share of memories that get drift-like corruptions
+    corruption: float = 0.35  # share of memories that get drift-like corruptions
     error_bank: float = 0.25  # share of memories that get errors of earlier roll-outs
     bank_size: int = 512
     live_share: float = 0.5  # of the batch: streams that go on from their own outputs

@@ -16,7 +16,7 @@ from mirage_hello.model.training.history import Tint, drawn_tint, tinted, true_m
 from mirage_hello.model.training.pool import ClipPool
 
 OVER = 1 << 30  # the age of a stream that must begin again
-EMPTY_SHARE = 0.3  # of the new streams: begin with an empty memory, as a user's stream does
+EMPTY_SHARE = 0.1  # of the new streams: begin with an empty memory, as a user's stream does
 
 
 class LiveStreams:
