@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirage_hello.ptx import capture_mode
+
 WARM_UP = 4  # ordinary steps of a kind before it is captured
 
 Tensors = dict[str, Tensor]
@@ -78,4 +80,5 @@ class Captured:
         ):
             metrics, batch = body()
         self.memory = graph.pool()
+        capture_mode.ends_with(self, graph)
         return graph, metrics, batch

@@ -189,7 +189,7 @@ class Plan:
         # The function holds its stream, which holds this plan: without it a stream that is dropped
         # ends at once and not when the garbage collector finds the ring, maybe in another capture.
         self._function = None
-        weakref.finalize(self, _end, graph).atexit = False
+        capture_mode.ends_with(self, graph)
 
     def _served(self) -> contextlib.AbstractContextManager[Any]:
         if self._arena is None:
@@ -198,11 +198,6 @@ class Plan:
 
     def __str__(self) -> str:
         return str(self.record)
-
-
-def _end(graph: torch.cuda.CUDAGraph) -> None:
-    with capture_mode.relaxed():  # it may end while this thread captures another
-        graph.reset()
 
 
 def recorded(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
@@ -24,3 +26,13 @@ def relaxed() -> Iterator[None]:
         yield
     finally:
         exchange(ctypes.byref(mode))
+
+
+def ends_with(owner: object, graph: Any) -> None:
+    """The graph, a torch.cuda.CUDAGraph, ends when its owner does, whatever is captured then."""
+    weakref.finalize(owner, _end, graph).atexit = False
+
+
+def _end(graph: Any) -> None:
+    with relaxed():
+        graph.reset()

@@ -22,6 +22,10 @@ def no_collector(device: torch.device):
     gc.enable()
 
 
+class Owner:
+    """Of a graph."""
+
+
 def test_a_threads_capture_mode_is_relaxed_and_restored(monkeypatch) -> None:
     mode = 0  # global
 
@@ -36,6 +40,12 @@ def test_a_threads_capture_mode_is_relaxed_and_restored(monkeypatch) -> None:
         assert mode == 2
         raise KeyError
     assert mode == 0
+    ended = []
+    graph, owner = SimpleNamespace(reset=lambda: ended.append(mode)), Owner()
+    capture_mode.ends_with(owner, graph)
+    assert ended == []
+    del owner
+    assert ended == [2] and mode == 0
 
 
 def test_nothing_is_left_to_the_garbage_collector(device: torch.device, no_collector) -> None:
