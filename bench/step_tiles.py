@@ -39,8 +39,8 @@ Place = tuple[str, str]  # op and key of a request
 Tiles = dict[Place, Any]
 
 ALIKE = 3  # candidates of one block shape
-FIRST_ROUNDS, LAST_ROUNDS, LAST = 10, 32, 3  # rounds of all; of the LAST fastest
-LEAST_US = 1.5  # of a step, whose replays differ by 5 us: what 32 rounds tell apart
+FIRST_ROUNDS, LAST_ROUNDS, LAST = 10, 60, 2  # rounds of all; of the LAST fastest
+LEAST_US = 1.0  # of a step, whose replays differ by 5 us: what 60 rounds tell apart
 
 
 @dataclass
@@ -77,7 +77,14 @@ class Step:
     def with_tiles(self, changes: Mapping[Place, Any]) -> Tensor:
         """One run, op by op, with other tiles at some places."""
         tiles = self.tiles | dict(changes)
-        with torch.no_grad(), tuning.listening(lambda r: tiles[r.op, r.key]):
+
+        def answer(request: tuning.Request) -> Any:
+            place = request.op, request.key
+            if place not in tiles:
+                tiles[place] = tuning.choose(request).tile
+            return tiles[place]
+
+        with torch.no_grad(), tuning.listening(answer):
             return self.run()
 
     def captured(self, changes: Mapping[Place, Any], pool: Any = None) -> torch.cuda.CUDAGraph:

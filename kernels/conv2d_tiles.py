@@ -10,11 +10,13 @@ SMEM_BYTES = {1: 232448, 2: 115712}  # a block may have, by blocks on a multipro
 # Clusters resident at once on an H200, one block a multiprocessor (cuOccupancyMaxActiveClusters):
 # not 132 / size, because a cluster stays inside a GPC.
 RESIDENT = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
-# By warpgroups that multiply. One has narrow tiles, which wait for weights: behind a GroupNorm with
-# cold weights, 1280 channels at 8x8 take 18.5, 15.8, 13.9 and 12.0 us with 4, 6, 8 and 12 stages;
-# two, at 64x64, the same from 6 stages on.
+# Stages, by warpgroups that multiply. One has narrow tiles, which wait for weights: behind a
+# GroupNorm with cold weights, 1280 channels at 8x8 take 18.5, 15.8, 13.9 and 12.0 us with 4, 6, 8
+# and 12 stages; two, at 64x64, the same from 6 stages on. In the 880m's step 20 for all of one
+# warpgroup cost 7 us more than 12; e4m3 at 8x8 is faster with 16 and more, which its tiles name.
 MAX_STAGES = {1: 20, 2: 12, 3: 12}
-SHALLOWER = (6, 8, 12, 16)  # rings that `mirage tune` tries beside the deepest
+RING = 12  # stages where a tile names none
+RINGS = (6, 8, 16, 20)  # that `mirage tune` tries beside it
 MULTIPROCESSORS = 132
 # Of the estimate, in clocks of an H200; fitted to 200 measured tiles (7 % mean error).
 PRODUCTS = 1.07  # products against the peak rate of 4096 FLOP a clock
@@ -31,7 +33,7 @@ class Tile:
 
     blocks_per_sm: 2 lets one block's epilogue run under the other's products.
     patch: convolution of stride 1: the input under a tile is loaded once for all taps.
-    stages: K blocks in flight; None: as many as the shared memory holds, at most MAX_STAGES.
+    stages: K blocks in flight; None: as many as the shared memory holds, at most RING.
     persistent: one block a multiprocessor takes several tiles, and loads the next one while it
         stores; split must be 1.
     patches: in flight; 3 where a norm rewrites them, so that the load, the norm and the products
@@ -110,9 +112,9 @@ class Tile:
         return next((n for n in range(most, 0, -1) if self.barriers_at(n, r, s) <= room), 0)
 
     def most_stages(self, share: int, r: int = 1, s: int = 1, table_bytes: int = 0) -> int:
-        """Of those that fit, no more than the K blocks of a block of the cluster; 0: none fit."""
-        most = MAX_STAGES[self.warpgroups] if self.persistent else max(share, 2)
-        return min(self.room(r, s, table_bytes), most)
+        """Of those that fit, at most RING and the K blocks of a block of the cluster; 0: none."""
+        most = RING if self.persistent else max(share, 2)
+        return min(self.room(r, s, table_bytes), most, RING)
 
     def fitted(self, share: int, r: int = 1, s: int = 1, table_bytes: int = 0) -> "Tile":
         """With `stages` filled in. ValueError when they do not fit the shared memory."""
@@ -191,8 +193,8 @@ class Tile:
 
 # (warpgroups, block_n): what the registers of a consumer thread hold.
 SHAPES = [(w, n) for w in (1, 2, 3) for n in (32, 48, 64, 80, 96, 112, 128, 160)]
-SHAPES += [(w, n) for w in (1, 2) for n in (40, 72, 88, 192, 256)]
-PLAIN_WIDTHS = (40, 72, 88)  # timed without a norm on load and in 16 bits only
+SHAPES += [(w, n) for w in (1, 2) for n in (40, 56, 72, 88, 104, 192, 256)]
+PLAIN_WIDTHS = (40, 56, 72, 88, 104)  # timed without a norm on load and in 16 bits only
 
 # Columns of a tile without spills, by consumer warpgroups beside the normalising one
 NORM_WIDEST = {1: 256, 2: 192, 3: 128}
@@ -244,7 +246,7 @@ def fitting(
     batch: int, blocks: int, r: int, s: int, stride: int, unit: int, groups: int, fp8: bool,
     short: bool = False,
 ) -> tuple[Tile, ...]:  # fmt: skip
-    """The tiles that compute such a convolution, then those of them with shallower rings."""
+    """The tiles that compute such a convolution, then the same with other rings."""
     found = candidates(blocks, r, s, stride, patch=bool(groups))
     if groups or fp8:
         found = [t for t in found if t.block_n not in PLAIN_WIDTHS]
@@ -258,9 +260,13 @@ def fitting(
     found = [t for t in found if not groups or _normalises(t, batch, blocks, r, s, groups)]
     if short:
         found = [t for t in found if t.patch and not t.persistent]
-    rings = [(t, t.most_stages(t.share(blocks), r, s)) for t in found]
-    shallower = [replace(t, stages=n) for t, most in rings for n in SHALLOWER if n < most]
-    return (*found, *shallower)
+    others = (
+        replace(t, stages=n)
+        for t in found
+        for n in RINGS
+        if n <= min(t.room(r, s), t.share(blocks)) and n != t.most_stages(t.share(blocks), r, s)
+    )
+    return (*found, *others)
 
 
 def _normalises(tile: Tile, batch: int, blocks: int, r: int, s: int, groups: int) -> bool:

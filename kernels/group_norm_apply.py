@@ -34,14 +34,12 @@ class Cut:
     """How x is cut: `slab_groups` groups by `vecs` accesses of each of `threads` threads.
 
     together: blocks that a multiprocessor may hold at once; 0: as many as fit.
-    late: the next kernel's blocks may start when this one has its statistics, not before.
     """
 
     slab_groups: int
     threads: int
     vecs: int
     together: int = 0
-    late: bool = False
 
     def __post_init__(self) -> None:
         threads = self.threads % 32 == 0 and 32 <= self.threads <= 1024
@@ -127,12 +125,19 @@ def choose_cut(
         op,
         names,
         lambda: candidates(rule, groups, group_bytes),
-        lambda cut: sum(value != getattr(rule, name) for name, value in vars(cut).items()),
+        lambda cut: distance(cut, rule),
     )
 
 
+def distance(cut: Cut, rule: Cut) -> float:
+    """How far a cut is from the rule's: doublings of each number, and of a block's work."""
+    pairs = ((c.slab_groups, c.threads, c.vecs, c.threads * c.vecs) for c in (cut, rule))
+    doublings = sum(abs(math.log2(a / b)) for a, b in zip(*pairs, strict=True))
+    return doublings + abs(cut.together - rule.together)
+
+
 def candidates(rule: Cut, groups: int, group_bytes: int) -> list[Cut]:
-    """The rule's cut, and those with other slabs, threads, accesses, shares and triggers."""
+    """The rule's cut, and those with other slabs, threads, accesses and shares."""
     slabs = [g for g in range(1, groups + 1) if groups % g == 0 and g * group_bytes % 16 == 0]
     near = [g for g in slabs if rule.slab_groups <= 4 * g <= 16 * rule.slab_groups]
 
@@ -140,12 +145,11 @@ def candidates(rule: Cut, groups: int, group_bytes: int) -> list[Cut]:
         return columns <= threads and (threads - 1) * (-65536 % columns) < 65536
 
     found = [
-        Cut(slab_groups, threads, vecs, together, late)
+        Cut(slab_groups, threads, vecs, together)
         for slab_groups in near
         for threads in sorted({128, 256, 512, rule.threads})
         for vecs in range(1, MAX_VECS + 1)
         for together in range(MOST_TOGETHER + 1)
-        for late in (False, True)
         if divides(slab_groups * group_bytes // 16, threads)
     ]
     return [rule, *(cut for cut in found if cut != rule)]
@@ -204,7 +208,6 @@ def _program(
         SLAB_GROUPS=cut.slab_groups,
         THREADS=cut.threads,
         VECS=cut.vecs,
-        LATE=cut.late,
         COLUMN_MAGIC=-(-65536 // columns),  # thread / columns, exact for 1024 threads
         REGISTERS=min(255, 65536 // cut.threads // 8 * 8),
     )

@@ -1,8 +1,8 @@
 """Tiles of the 880m's U-Net, each timed in the captured step:
 `python3.12 bench/sweeps/frame_tiles.py OUT.json [SECONDS [NEAR BEST [CHOSEN.json]]]`.
 
-First ways that hold for the whole step, then place by place, the heaviest first, until SECONDS are
-over (default 110): at most NEAR tiles that differ in one field and the BEST by the model (6, 6). A
+First other ways of the layers, then place by place, the heaviest first, until SECONDS are over
+(default 110): at most NEAR tiles that differ in one field and the BEST by the model (6, 6). A
 tile counts if the recorded call is right with it, twice the same, and the step is. A fresh process
 goes on without the tile that hung or crashed the last one; every place is written as it ends.
 CHOSEN.json: results of an earlier run, whose tiles are taken first.
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,17 @@ import torch
 from torch import Tensor
 
 from mirage_hello.bench import model_calls, step_tiles, tune
-from mirage_hello.kernels import conv2d_tiles, tuning, use
+from mirage_hello.kernels import tuning, use
 from mirage_hello.kernels.parity import exact_float32
 from mirage_hello.model import build
+from mirage_hello.model.ways import Ways, going
 
+WAYS: dict[str, dict[str, Any]] = {
+    "shortcuts apart": {"shortcuts": False},
+    "no merged products": {"merges_from": 2**31},
+    "products merged from 640": {"merges_from": 640},
+    "sums from 32x32": {"sums_from": 1024},
+}
 PRESET, SIZE, RESTARTS = "880m", 64, 3  # of the latents of 512 x 512 pixels
 GRACE_S = 20  # of a process past its time
 
@@ -63,23 +69,25 @@ def network(device: str = "cuda") -> tuple[Callable[[], Tensor], Callable[[Tenso
 
 
 def whole_ways(step: step_tiles.Step, pool: Any) -> dict[str, float]:
-    """Rings of at most so many stages in all convolutions of one warpgroup; late triggers."""
-    places = [p for p in step.tiles if p[0] == "group_norm_apply"]
-    late = {p: replace(step.tiles[p], late=True) for p in places}
-    free = {p: replace(step.tiles[p], together=0) for p in places}
-    changes: dict[str, Any] = {"twin": {}, "applies late": late, "applies uncapped": free}
-    for change in changes.values():
-        step.with_tiles(change)
-    found = step_tiles.effects_us(step, changes, 30, pool)
-    most, graphs = conv2d_tiles.MAX_STAGES[1], {"": step.captured({}, pool)}
-    for stages in (12, 16):
-        conv2d_tiles.MAX_STAGES[1] = stages
-        step.with_tiles({})
-        graphs[f"rings of {stages}, not {most}"] = step.captured({}, pool)
-        conv2d_tiles.MAX_STAGES[1] = most
-    times = {n: statistics.median(t) for n, t in step_tiles.replays_us(graphs, 30).items()}
-    base = times.pop("")
-    return found | {"now": base} | {name: us - base for name, us in times.items()}
+    """Microseconds that other ways of the layers add to the step, with the tiles that they have."""
+    graphs = {"now": step.captured({}, pool), "twin": step.captured({}, pool)}
+    for name, change in WAYS.items():
+        with going(Ways(**change)):
+            step.with_tiles({})
+            graphs[name] = step.captured({}, pool)
+    times = step_tiles.replays_us(graphs, 40)
+    now = times.pop("now")
+    found = {n: statistics.median(map(float.__sub__, t, now)) for n, t in times.items()}
+    return {"now": statistics.median(now), **found}
+
+
+def order(step: step_tiles.Step) -> list[step_tiles.Place]:
+    """The heaviest first; before them the passes of GroupNorm, and convolutions with shortcuts."""
+
+    def rank(place: step_tiles.Place) -> int:
+        return 0 if place[0] == "group_norm_apply" else 1 if "short" in place[1] else 2
+
+    return sorted(step.heaviest(), key=rank)
 
 
 def right(
@@ -91,7 +99,7 @@ def right(
     for tile in tiles:
         begin(tile)
         problem = tuned.problem(tile)
-        if problem is None:
+        if problem is None:  # also for what depends on a tile: sums of rows have its width
             problem = wrong(step.with_tiles({place: tile}))
         if problem is None:
             good.append(tile)
@@ -124,7 +132,7 @@ def measure(out: Path, seconds: float, near: int, best: int, chosen: Path | None
         print(json.dumps(results["ways"]), flush=True)
         out.write_text(json.dumps(results))
     done = {(p["op"], p["key"]) for p in results["places"]}
-    places = [p for p in step.heaviest() if p not in done]
+    places = [p for p in order(step) if p not in done]
     candidates = {p: step.candidates(p, near, best) for p in places}
     step_tiles.compile_all(step, candidates)
     print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
@@ -154,9 +162,11 @@ def measure(out: Path, seconds: float, near: int, best: int, chosen: Path | None
         "after": step.captured({}, pool),
     }
     results["step_us"] = step_tiles.replays_us(graphs, 100)
+    results["ways_after"] = whole_ways(step, pool)
     results["seconds"] = time.perf_counter() - started
     out.write_text(json.dumps(results, indent=1))
-    print(json.dumps(results["step_us"]), f"{results['seconds']:.0f} s", flush=True)
+    medians = {name: statistics.median(us) for name, us in results["step_us"].items()}
+    print(medians, results["ways_after"], f"{results['seconds']:.0f} s", flush=True)
 
 
 def main(out: str, seconds: str = "110", near: str = "6", best: str = "6", *chosen: str) -> int:
