@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mirage_hello import reference
-from mirage_hello.kernels.conv2d_fused import check, check_call
+from mirage_hello.kernels.conv2d_fused import Shortcut, check, check_call, check_shortcut
 from mirage_hello.kernels.conv2d_norm import Norm
 from mirage_hello.kernels.conv2d_sm90a import conv2d_fused_sm90a
 from mirage_hello.kernels.conv2d_tiles import Tile
@@ -86,6 +86,8 @@ def conv2d_fp8(
     unit: int = 0,
     activation: str | None = None,
     tile: Tile | None = None,
+    copy: tuple[Tensor, float] | None = None,
+    shortcut: Shortcut | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """out = act(x_scale w_scale[o] conv(cat([x, skip]), weight) + bias + channel_bias + residual).
 
@@ -97,12 +99,16 @@ def conv2d_fp8(
         bias [O], channel_bias [B, O], residual [B, O, P, Q]: bfloat16, as in ops.conv2d.
         norm, unit, activation: as in conv2d_fused.
         tile: overrides the choice.
+        shortcut: as in conv2d_fused, of e4m3 tensors; its products count x_scale w_scale[o] too, so
+            its inputs' scales are in its weight; D and D' multiples of 16.
+        copy: None, or an e4m3 tensor like out and its scale: it takes e4m3(out / scale), saturated.
 
     Returns:
         (out, sums): bfloat16 [B, O, P, Q], channels-last, and the sums of conv2d_fused.
 
     Raises:
         TypeError: x is not e4m3, or with a norm not bfloat16. Else as conv2d_fused.
+        ValueError: a copy that is not like out, or its scale not above 0.
 
     Numerics: products exact; wgmma keeps about 14 bits of their sums, which are added in float32
         after every few K blocks (`Tile.promote`).
@@ -117,11 +123,27 @@ def conv2d_fp8(
     }  # fmt: skip
     check_call("conv2d_fp8", values, on_ptx=True)
     check(x, weight.values, skip, norm, unit, activation)
+    if shortcut is not None:
+        check_shortcut(values, shortcut, norm, on_ptx=True)
+        if any(t.shape[1] % 16 for t in shortcut.inputs):
+            sizes = [t.shape[1] for t in shortcut.inputs]
+            raise ValueError(f"conv2d_fp8: a shortcut's channels must be multiples of 16 ({sizes})")
+    if copy is not None:
+        _check_copy(*copy, (x.shape[0], len(weight.values)), x.device)
     return conv2d_fused_sm90a(
         x, weight.values, bias, stride, padding, channel_bias, residual, skip, upsample,
         norm=norm, unit=unit, activation=activation, scales=weight.scales,
-        x_scale=x_scale, tile=tile,
+        x_scale=x_scale, tile=tile, copy=copy, shortcut=shortcut,
     )  # fmt: skip
+
+
+def _check_copy(copy: Tensor, scale: float, start: tuple[int, int], device: torch.device) -> None:
+    fits = copy.dtype == E4M3 and tuple(copy.shape[:2]) == start and copy.device == device
+    if not fits or not copy.is_contiguous(memory_format=torch.channels_last) or not scale > 0:
+        raise ValueError(
+            f"conv2d_fp8: a copy must be e4m3 [{start[0]}, {start[1]}, P, Q], channels-last, on "
+            f"{device}, with a scale above 0 (got {copy.dtype} {list(copy.shape)}, {scale})"
+        )
 
 
 def conv2d_fp8_torch(x: Tensor, weight: Weight, x_scale: float, *args: Any) -> Tensor:

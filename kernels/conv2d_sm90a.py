@@ -20,7 +20,7 @@ SHORT_NAME = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 class Shortcut(NamedTuple):
     """A 1x1 convolution that is added: weight [O, D + D', 1, 1] of cat([x, skip]), [B, D, P, Q] and
-    [B, D', P, Q] or None, all channels-last, D and D' multiples of 8."""
+    [B, D', P, Q] or None, all channels-last, D and D' multiples of 8 (e4m3: of 16)."""
 
     x: Tensor
     weight: Tensor
@@ -74,7 +74,8 @@ def conv2d_fused_sm90a(
     copy: an e4m3 tensor like out, which takes e4m3(out / scale), and that scale.
 
     Raises:
-        ValueError: a tile whose slices are narrower than a unit; a norm with another stride than 1.
+        ValueError: a tile whose slices are narrower than a unit; a norm with another stride than 1;
+            a copy of another shape than out.
     """
     if norm is not None and stride != 1:
         raise ValueError(
@@ -89,6 +90,10 @@ def conv2d_fused_sm90a(
     out = torch.empty(
         (batch, outputs, p, q), dtype=dtype, device=x.device, memory_format=torch.channels_last
     )
+    if copy is not None and copy[0].shape != out.shape:
+        raise ValueError(
+            f"conv2d_fp8: a copy must be like out, {list(out.shape)} (got {list(copy[0].shape)})"
+        )
     inputs, depth = (x,) if skip is None else (x, skip), 128 if fp8 else 64
     tapped = r * s * sum(-(-t.shape[1] // depth) for t in inputs)
     short = sum(-(-t.shape[1] // depth) for t in shortcut.inputs) if shortcut else 0
@@ -112,7 +117,7 @@ def conv2d_fused_sm90a(
     maps = (*(_pixels(t, box, stride) for t in inputs), _taps(weight, tile.block_n))
     if shortcut:
         maps += (*(_pixels(t, (8, rows, 1), 1) for t in shortcut.inputs),)
-        maps += (loader.tensor_map(shortcut.weight.flatten(1), (64, tile.block_n)),)
+        maps += (loader.tensor_map(shortcut.weight.flatten(1), (depth, tile.block_n)),)
     tiles = (tiles_x, tiles_y * batch, -(-outputs // tile.block_n) * up * up)
     name = SHORT_NAME[dtype]
     norm_silu = None if norm is None else norm.silu

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirage_hello.kernels import ops
-from mirage_hello.model.layers import Image, Shortcut, convolve, leaves_sums
+from mirage_hello.model.images import Image, Shortcut
+from mirage_hello.model.layers import convolve, leaves_sums
 from mirage_hello.model.rows import (
     Keys,
     Tokens,
@@ -193,7 +194,7 @@ class Transformer(nn.Module):
         rows = block.ff(h, block.norm3)
         if not self.unit or fused_backend(rows) is None or not leaves_sums(x.pixels, out):
             rows = ops.linear(rows, out.weight.flatten(1), out.bias, residual=_tokens(x.pixels))
-            return Image(_image(rows, x))
+            return Image(_image(rows, x), maker=out)
         return convolve(Image(_image(rows, x)), out, residual=x.pixels, unit=self.unit)
 
 
@@ -231,8 +232,8 @@ class Upsample(nn.Module):
         height, width = x.pixels.shape[2:]
         if size == (2 * height, 2 * width):
             return convolve(x, self.conv, upsample=True, unit=self.unit)
-        larger = Image(F.interpolate(x.pixels, size=size, mode="nearest"))  # odd sizes
-        return convolve(larger, self.conv, unit=self.unit)
+        wide = F.interpolate(x.pixels, size=size, mode="nearest")  # odd sizes
+        return convolve(Image(wide, maker=x.maker), self.conv, unit=self.unit)
 
 
 class Embedding(nn.Module):

@@ -23,7 +23,9 @@ LARGEST = 448.0  # of e4m3
 # Later frames may be larger than the clip's: past 448 scales values saturate. e4m3 has exponents of
 # its own, so headroom costs no mantissa: of 448 / 2 a value is normal down to 1 / 14,000.
 HEADROOM = 2.0
-_maxima: ContextVar[dict[nn.Module, Tensor] | None] = ContextVar("fp8 maxima", default=None)
+OUTPUT = ":output"  # after a layer's name: the scale of what it makes, where that is read raw
+Maxima = dict[tuple[nn.Module, str], Tensor]  # (layer, "" for what it reads, or OUTPUT)
+_maxima: ContextVar[Maxima | None] = ContextVar("fp8 maxima", default=None)
 
 
 def scale_of(layer: nn.Module) -> float | None:
@@ -31,9 +33,15 @@ def scale_of(layer: nn.Module) -> float | None:
     return layer.__dict__.get("_fp8_scale")
 
 
+def output_scale_of(layer: nn.Module) -> float | None:
+    """The scale of the layer's output in e4m3; None: no convolution without a norm reads it."""
+    return layer.__dict__.get("_fp8_output_scale")
+
+
 def scales(denoiser: nn.Module) -> dict[str, float]:
-    """The scale of each layer that multiplies in e4m3, by its name."""
+    """The scale of what each layer reads in e4m3, by its name, and of what it makes."""
     found = {name: scale_of(layer) for name, layer in denoiser.named_modules()}
+    found |= {name + OUTPUT: output_scale_of(m) for name, m in denoiser.named_modules()}
     return {name: scale for name, scale in found.items() if scale is not None}
 
 
@@ -44,19 +52,29 @@ def in_use(layer: nn.Module) -> bool:
 
 def note(layer: nn.Conv2d | nn.Linear, x: Tensor) -> None:
     """While a clip is calibrated: the largest value of what the layer reads."""
+    if layer.weight.shape[0] % 8 == 0:  # the last convolution has 4 outputs
+        _note((layer, ""), x)
+
+
+def note_output(layer: nn.Module, x: Tensor) -> None:
+    """The same of what the layer made, by what reads it without a norm."""
+    _note((layer, OUTPUT), x)
+
+
+def _note(what: tuple[nn.Module, str], x: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     maxima = _maxima.get()
-    if maxima is not None and layer.weight.shape[0] % 8 == 0:  # the last convolution has 4 outputs
+    if maxima is not None:
         largest = x.detach().abs().amax().float()
-        before = maxima.get(layer)
-        maxima[layer] = largest if before is None else torch.maximum(before, largest)
+        before = maxima.get(what)
+        maxima[what] = largest if before is None else torch.maximum(before, largest)
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[dict[nn.Module, Tensor]]:
+def noted() -> Iterator[Maxima]:
     """Within the block layers that could multiply in e4m3 note the largest value they read."""
-    maxima: dict[nn.Module, Tensor] = {}
+    maxima: Maxima = {}
     token = _maxima.set(maxima)
     try:
         yield maxima
@@ -80,12 +98,13 @@ def calibrate(stream: Any, frames: Iterable[Any]) -> dict[str, float]:
     return scales_for(stream.denoiser, maxima)
 
 
-def scales_for(network: nn.Module, maxima: Mapping[nn.Module, Tensor]) -> dict[str, float]:
-    """Scales by the layer's name in the network, of what `noted` found."""
+def scales_for(network: nn.Module, maxima: Maxima) -> dict[str, float]:
+    """Scales by the layer's name in the network, of what `noted` found of its layers."""
     names = {module: name for name, module in network.named_modules()}
     return {
-        names[layer]: max(HEADROOM * float(largest), 1e-6) / LARGEST
-        for layer, largest in maxima.items()
+        names[layer] + what: max(HEADROOM * float(largest), 1e-6) / LARGEST
+        for (layer, what), largest in maxima.items()
+        if layer in names
     }
 
 
@@ -96,11 +115,12 @@ def use(denoiser: nn.Module, scales: Mapping[str, float]) -> None:
         ValueError: a name that the denoiser does not have.
     """
     layers = dict(denoiser.named_modules())
-    unknown = sorted(set(scales) - set(layers))
+    unknown = sorted({name.removesuffix(OUTPUT) for name in scales} - set(layers))
     if unknown:
         raise ValueError(f"fp8.use: the denoiser has no layer {unknown[0]}; calibrate it again")
     for name, layer in layers.items():
-        layer.__dict__.pop("_fp8_scale", None)
         layer.__dict__["_fp8_in_use"] = bool(scales)
-        if name in scales:
-            layer.__dict__["_fp8_scale"] = float(scales[name])
+        for key, kept in ((name, "_fp8_scale"), (name + OUTPUT, "_fp8_output_scale")):
+            layer.__dict__.pop(kept, None)
+            if key in scales:
+                layer.__dict__[kept] = float(scales[key])

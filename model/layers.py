@@ -8,44 +8,17 @@ else the same layer is a chain of registry ops. `rows` has the layers of the tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mirage_hello.kernels import conv2d_fp8, conv2d_fused, group_norm_apply, ops
-from mirage_hello.model import fp8
+from mirage_hello.kernels import conv2d_fused, group_norm_apply, ops
+from mirage_hello.model import fp8, layers_fp8
 from mirage_hello.model.derived import derived
+from mirage_hello.model.images import Image, Shortcut
 from mirage_hello.model.ways import fused_backend, ways
 
 CHANNELS = 8  # TMA moves 16 bytes: channels of a convolution come in multiples of 8
-
-
-class Eight(NamedTuple):
-    """Pixels in e4m3, in units of the scale."""
-
-    values: Tensor
-    scale: float
-
-
-class Image(NamedTuple):
-    """Pixels [B, C, H, W], and what their producer left: sums for a GroupNorm, a copy in e4m3 for
-    convolutions without one; None: not. maker: the producer."""
-
-    pixels: Tensor
-    sums: Tensor | None = None
-    eight: Eight | None = None
-    maker: nn.Module | None = None
-
-
-class Shortcut(NamedTuple):
-    """conv(cat([x, skip])) of a 1x1 convolution, beside the branch that it is added to."""
-
-    x: Image
-    conv: nn.Conv2d
-    skip: Image | None = None
 
 
 def convolve(
@@ -77,12 +50,12 @@ def convolve(
     if norm is None:
         _note_outputs(x, skip)
         if backend == "ptx" and not silu and shortcut is None and fp8.in_use(conv):
-            raw = _convolve_raw_fp8(x, conv, skip, upsample, channel_bias, residual, unit)
+            raw = layers_fp8.convolve_raw(x, conv, skip, upsample, channel_bias, residual, unit)
             if raw is not None:
                 return raw
     if shortcut is not None:
         _note_outputs(shortcut.x, shortcut.skip)
-    if shortcut is not None and not _folds_shortcut(backend, conv):
+    if shortcut is not None and not _folds_shortcut(backend, x, conv, shortcut):
         residual = convolve(shortcut.x, shortcut.conv, skip=shortcut.skip).pixels
         shortcut = None
     statistics = None
@@ -95,7 +68,8 @@ def convolve(
             if scale is not None or conv.kernel_size[0] in ways().on_load:
                 statistics = statistics_of(x, skip, norm, norm_silu)
             if statistics is not None and scale is not None:
-                return _convolve_fp8(x, conv, statistics, skip, channel_bias, residual, unit, scale)
+                more = (channel_bias, residual, shortcut, unit, scale)
+                return layers_fp8.convolve(x, conv, statistics, skip, *more)
         if statistics is None:
             x, skip = normalise(x, norm, skip, norm_silu), None
             fp8.note(conv, x.pixels)
@@ -115,10 +89,13 @@ def convolve(
     return Image(_first_channels(out, outputs), sums, maker=conv)
 
 
-def _folds_shortcut(backend: str | None, conv: nn.Conv2d) -> bool:
-    """Whether a shortcut's 1x1 convolution becomes more of K of this one."""
-    if backend is None or not ways().shortcuts or 3 in ways().on_load or fp8.in_use(conv):
+def _folds_shortcut(backend: str | None, x: Image, conv: nn.Conv2d, shortcut: Shortcut) -> bool:
+    """Whether a shortcut's 1x1 convolution becomes more of K of this one; in e4m3 of copies."""
+    if backend is None or not ways().shortcuts or 3 in ways().on_load:
         return False
+    if fp8.in_use(conv):
+        multiplies = backend == "ptx" and fp8.scale_of(conv) is not None and x.sums is not None
+        return multiplies and layers_fp8.eights(shortcut.x, shortcut.skip) is not None
     window = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
     return window == (3, 1, 1) and conv.out_channels % CHANNELS == 0
 
@@ -142,80 +119,6 @@ def leaves_sums(x: Tensor, conv: nn.Conv2d, enlarged: int = 1) -> bool:
     rows, columns = (-(-n * enlarged // conv.stride[0]) for n in sides)
     # What normalises and rounds for a convolution in e4m3 takes sums.
     return batch * rows * columns >= ways().sums_from or fp8.in_use(conv)
-
-
-def _convolve_fp8(
-    x: Image,
-    conv: nn.Conv2d,
-    statistics: conv2d_fused.Norm,
-    skip: Image | None,
-    channel_bias: Tensor | None,
-    residual: Tensor | None,
-    unit: int,
-    scale: float,
-) -> Image:
-    """The convolution in e4m3: the pass that normalises its input rounds it too."""
-
-    def make() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            weight = conv2d_fp8.quantise_weight(conv.weight)
-        return weight.values, weight.scales
-
-    weight = conv2d_fp8.Weight(*derived(conv, (conv.weight,), make))
-    h = group_norm_apply.group_norm_apply(
-        x.pixels, statistics, skip and skip.pixels, out_scale=scale
-    )
-    out, sums = conv2d_fp8.conv2d_fp8(
-        h, weight, scale, conv.bias, conv.stride[0], int(conv.padding[0]), channel_bias, residual,
-        unit=unit, copy=(copy := copy_of(conv, h.shape)),
-    )  # fmt: skip
-    return Image(out, sums, copy and Eight(*copy), conv)
-
-
-def _convolve_raw_fp8(
-    x: Image,
-    conv: nn.Conv2d,
-    skip: Image | None,
-    upsample: bool,
-    channel_bias: Tensor | None,
-    residual: Tensor | None,
-    unit: int,
-) -> Image | None:
-    """The convolution in e4m3 of what no norm reads; None: an input has no copy in e4m3."""
-    if not ways().e4m3_raw or x.eight is None or (skip is not None and skip.eight is None):
-        return None
-    inputs = [image.eight for image in (x, skip) if image is not None and image.eight is not None]
-
-    def make() -> tuple[Tensor, ...]:
-        """With each input's scale in its channels, so that they may differ."""
-        with torch.no_grad():
-            parts = conv.weight.float().split([eight.values.shape[1] for eight in inputs], 1)
-            wide = torch.cat([w * i.scale for w, i in zip(parts, inputs, strict=True)], 1)
-            weight = conv2d_fp8.quantise_weight(wide)
-        return weight.values, weight.scales
-
-    number = sum((i + 1) * eight.scale for i, eight in enumerate(inputs))
-    weight = conv2d_fp8.Weight(*derived(conv, (conv.weight,), make, number))
-    stride, padding = conv.stride[0], int(conv.padding[0])
-    batch, _, *sides = inputs[0].values.shape
-    shape = (batch, 0, *((2 * n if upsample else -(-n // stride)) for n in sides))
-    out, sums = conv2d_fp8.conv2d_fp8(
-        inputs[0].values, weight, 1.0, conv.bias, stride, padding, channel_bias, residual,
-        inputs[1].values if skip is not None else None, upsample, unit=unit,
-        copy=(copy := copy_of(conv, shape)),
-    )  # fmt: skip
-    return Image(out, sums, copy and Eight(*copy), conv)
-
-
-def copy_of(conv: nn.Conv2d, shape: Sequence[int]) -> tuple[Tensor, float] | None:
-    """Memory for the copy in e4m3 of this layer's output, shape [B, anything, P, Q], and its scale;
-    None: nothing reads it in e4m3."""
-    scale = fp8.output_scale_of(conv) if ways().e4m3_raw else None
-    if scale is None or conv.out_channels % 16:
-        return None
-    shape = (shape[0], conv.out_channels, *shape[2:])
-    size = {"dtype": torch.float8_e4m3fn, "device": conv.weight.device}
-    return torch.empty(shape, **size, memory_format=torch.channels_last), scale
 
 
 def _note_outputs(*images: Image | None) -> None:

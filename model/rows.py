@@ -26,7 +26,9 @@ from mirage_hello.kernels import (
 )
 from mirage_hello.kernels.row_sums import RowSums
 from mirage_hello.model import fp8, row_weights
-from mirage_hello.model.layers import Image, convolve, leaves_sums, normalise, statistics_of
+from mirage_hello.model.images import Eight, Image
+from mirage_hello.model.layers import convolve, leaves_sums, normalise, statistics_of
+from mirage_hello.model.layers_fp8 import copy_of
 from mirage_hello.model.ways import fused_backend, ways
 
 
@@ -212,9 +214,10 @@ def feed_forward_out(
     weight, bias = row_weights.merged(out, proj)
     args = (1, 0, None, x.pixels, _pixels(h.rows, x))
     if not unit:
-        return Image(ops.conv2d(_pixels(g, x), weight, bias, *args))
+        return Image(ops.conv2d(_pixels(g, x), weight, bias, *args), maker=proj)
     return Image(
-        *conv2d_fused.conv2d_fused(_pixels(g, x), weight, bias, *args, unit=unit, backend=backend)
+        *conv2d_fused.conv2d_fused(_pixels(g, x), weight, bias, *args, unit=unit, backend=backend),
+        maker=proj,
     )
 
 
@@ -232,9 +235,11 @@ def _feed_forward_out_fp8(
         return None
     weight, bias = row_weights.merged_fp8(out, proj, (scale, h_scale))
     image, sums = conv2d_fp8.conv2d_fp8(
-        _pixels(g, x), weight, 1.0, bias, residual=x.pixels, skip=_pixels(copy, x), unit=unit,
+        _pixels(g, x), weight, 1.0, bias,
+        residual=x.pixels, skip=_pixels(copy, x), unit=unit,
+        copy=(eight := copy_of(proj, x.pixels.shape)),
     )  # fmt: skip
-    return Image(image, sums)
+    return Image(image, sums, eight and Eight(*eight), proj)
 
 
 def _copy_scale(reader: nn.Linear) -> float | None:

@@ -42,6 +42,7 @@ class Ways:
         e4m3_rows: of a calibrated network the layers behind LayerNorms, the projections in and the
             folded prompts multiply in e4m3, too; else only the second product of a feed-forward.
         e4m3_merges: as merges_from, in e4m3; with e4m3_rows.
+        e4m3_raw: and the convolutions that no norm precedes (shortcuts, down and up), of copies.
     """
 
     sums_from: int = 0
@@ -54,6 +55,7 @@ class Ways:
     on_load: tuple[int, ...] = ()
     e4m3_rows: bool = True
     e4m3_merges: bool = True
+    e4m3_raw: bool = False
 
 
 MEASURED = Ways()

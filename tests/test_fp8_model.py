@@ -14,6 +14,7 @@ from mirage_hello.ptx import loader
 
 NEVER = Ways(e4m3_rows=False)
 SPLIT = Ways(e4m3_merges=False)
+RAW = Ways(e4m3_raw=True)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,7 @@ SPLIT = Ways(e4m3_merges=False)
         # 4 transformers and 8 residual blocks; a merged product is a convolution.
         (Ways(), {"group_norm_apply": 20, "linear": 8, "qkv": 4, "softmax": 4, "conv2d": 20}),
         (SPLIT, {"group_norm_apply": 20, "linear": 12, "qkv": 4, "softmax": 4, "conv2d": 16}),
+        (RAW, {"group_norm_apply": 20, "linear": 8, "qkv": 4, "softmax": 4, "conv2d": 22}),
         (NEVER, {"group_norm_apply": 16, "linear": 4, "qkv": 0, "softmax": 0, "conv2d": 16}),
     ],
 )

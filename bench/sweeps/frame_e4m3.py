@@ -34,7 +34,8 @@ SETS = {
     "bf16": None,
     "convolutions, second feed-forward": Ways(e4m3_rows=False, e4m3_merges=False),
     "rows": Ways(e4m3_merges=False),
-    "merged products": Ways(),
+    "merged products": Ways(e4m3_raw=False),
+    "shortcuts, down, up": Ways(e4m3_raw=True),
 }
 
 
