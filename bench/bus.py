@@ -6,7 +6,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,16 @@ def host_us(stream: FrameStream, frames: Iterable[np.ndarray | torch.Tensor]) ->
         "submit_p50": float(np.percentile(submits, 50)),
         "collect_p50": float(np.percentile(collects, 50)),
     }
+
+
+def just_written(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The frames one after the other in the same memory, as a decoder or a camera leaves them: in
+    the processor's caches, where those of a clip in memory no longer are when their turn comes."""
+    memory: np.ndarray | None = None
+    for frame in frames:
+        memory = np.empty_like(frame) if memory is None else memory
+        np.copyto(memory, frame)
+        yield memory
 
 
 def transfers(stream: FrameStream, frames: Iterable[np.ndarray]) -> dict[str, Any]:

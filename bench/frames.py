@@ -84,6 +84,9 @@ def frame_row(where: dict[str, str], models: Models, steps: int) -> Callable[...
             counted = played(clip, 0, COUNTED_FRAMES)
             row["device_use"] = bus.device_use(lambda: bus.pipelined(ours, counted))
             row["host_us"] = bus.host_us(ours, played(clip, 0, RATE_FRAMES))
+            row["host_us"]["threads"] = torch.get_num_threads()  # that copy a frame
+            written = bus.just_written(played(clip, 0, RATE_FRAMES))
+            row["host_us"]["just_written"] = bus.host_us(ours, written)
             pinned = [torch.from_numpy(frame).pin_memory() for frame in played(clip, 0, 8)]
             row["host_us"]["pinned"] = bus.host_us(ours, pinned * (RATE_FRAMES // 8))
             row["device"] = _device(streams, clip, row["under_way"]["us"])

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,6 @@ def clip() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (64, *SIZE, 3), dtype=np.uint8)
 
 
-def just_written(frames: np.ndarray) -> Iterator[np.ndarray]:
-    fresh = np.empty_like(frames[0])
-    for i in range(FRAMES):
-        np.copyto(fresh, frames[i % len(frames)])
-        yield fresh
-
-
 def whole_frames(stream: FrameStream, frames: np.ndarray, found: Found) -> None:
     """submit and collect, for each way of copying."""
     buffers, default = stream._buffers, torch.get_num_threads()
@@ -52,8 +45,8 @@ def whole_frames(stream: FrameStream, frames: np.ndarray, found: Found) -> None:
             slot.host_in = Pinned.like(buffers.frame_in[0], only_written)
         for threads in sorted({default, 4, 1}, reverse=True):
             torch.set_num_threads(threads)
-            some = {"cold": itertools.islice(itertools.cycle(frames), FRAMES)}
-            for state, source in (some | {"just written": just_written(frames)}).items():
+            some = list(itertools.islice(itertools.cycle(frames), FRAMES))
+            for state, source in {"cold": some, "just written": bus.just_written(some)}.items():
                 name = f"frame: {memory}, {threads} threads, {state}"
                 _keep(found, name, lambda: bus.host_us(stream, source))  # noqa: B023
             if memory == "write-combined":
