@@ -80,7 +80,10 @@ def test_eval_writes_results_pictures_and_a_page(tmp_path, minute_checkpoint, mo
     assert list(result["ablations"]) == ["no-history", "no-augmentation"]
     model = result["models"]["2-step"]
     wanted = {"steps", "frames", "seeds", "psnr_slope_db_per_1000", "contrast", "warp_error"}
-    assert wanted | {"cut_recovery_frames", "persistence", "memory_db", "collapsed"} <= set(model)
+    wanted |= {"cut_recovery_frames", "persistence", "memory_db", "collapsed", "psnr_db", "ssim"}
+    assert all(wanted <= set(found) for found in (model, *result["ablations"].values()))
+    assert set(model["contrast"]) >= {"red", "green", "blue", "saturation", "clipped", "sharpness"}
+    assert set(model["by_style"]["clay"]) >= {"psnr_db", "ssim", "psnr_slope_db_per_1000"}
     assert model["psnr_slope_db_per_1000"]["low"] <= model["psnr_slope_db_per_1000"]["high"]
     assert 0 < model["ceiling_db"] < 60
     for file in model["strips"].values():

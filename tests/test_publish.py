@@ -101,6 +101,11 @@ def test_the_card_in_the_package_is_the_one_that_its_files_make():
     assert (shipped.FOLDER / "README.md").read_text() == publish.card_text()
 
 
+def test_the_results_in_the_repository_stay_small():
+    files = [path for path in (publish.RESULTS / "eval").iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 12_000_000
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
