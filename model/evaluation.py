@@ -301,8 +301,9 @@ def evaluate(
             }  # fmt: skip
         say("persistence")
         for i, values in zip(full, persistence(evaluation, chosen), strict=True):
-            means = by_seed(torch.tensor(values), config.seeds)
-            results[i]["persistence"] = metrics.interval(means).as_dict()
+            for name, of_streams in values.items():
+                means = by_seed(torch.tensor(of_streams), config.seeds)
+                results[i][name] = metrics.interval(means).as_dict()
         say("memory")
         for i, quality in zip(full, memory_db(evaluation, chosen), strict=True):
             results[i]["memory_db"] = quality

@@ -147,10 +147,20 @@ def test_persistence_is_one_for_memory_and_less_for_none(monkeypatch):
     monkeypatch.setattr(persistence, "AWAY", 6)
     monkeypatch.setattr(persistence, "EARLY", 2)
     evaluation = oracle_evaluation(monkeypatch, lambda truth, n: truth)
-    (kept,) = persistence.persistence(evaluation, [CANDIDATE])
-    assert kept == pytest.approx([1.0, 1.0], abs=0.01)
+    (found,) = persistence.persistence(evaluation, [CANDIDATE])
+    for values in found.values():
+        assert values == pytest.approx([1.0, 1.0], abs=0.02)
     forget = oracle_evaluation(monkeypatch, lambda t, n: t if n < 8 else -t)
-    assert max(persistence.persistence(forget, [CANDIDATE])[0]) < 0.3
+    assert max(persistence.persistence(forget, [CANDIDATE])[0]["persistence"]) < 0.3
+
+
+def test_a_steady_guess_is_persistent_and_recalls_nothing(monkeypatch):
+    monkeypatch.setattr(persistence, "AWAY", 6)
+    monkeypatch.setattr(persistence, "EARLY", 2)
+    evaluation = oracle_evaluation(monkeypatch, lambda truth, n: torch.zeros_like(truth), seeds=4)
+    (found,) = persistence.persistence(evaluation, [CANDIDATE])
+    assert found["persistence"] == pytest.approx([1.0] * 4, abs=0.01)
+    assert abs(sum(found["recall"])) / 4 < 0.5
 
 
 def test_cut_recovery_of_a_slow_model(monkeypatch):

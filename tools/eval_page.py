@@ -126,7 +126,8 @@ def page_text(result: dict[str, Any], plot: str) -> str:
         missing = html.escape(", ".join(result["not_measured"]))
         parts.append(f"<tr><td></td><td>not measured</td><td>{missing}</td></tr>")
     heads = ("model", "steps", "frames", "PSNR (dB)", "SSIM", "slope (dB / 1000)", "warp error",
-             "cut recovery (frames)", "persistence", "true / own / no memory (dB)")  # fmt: skip
+             "cut recovery (frames)", "persistence", "recall",
+             "true / own / no memory (dB)")  # fmt: skip
     parts.append("</table><h2>Numbers</h2><table><tr><th>" + "<th>".join(heads) + "</tr>")
     everything = {**result["models"], **result["ablations"]}
     parts += [row(name, model) for name, model in everything.items()]
@@ -175,6 +176,6 @@ def row(name: str, model: dict[str, Any]) -> str:
         ranged("psnr_db", 2), ranged("ssim", 3),
         ranged("psnr_slope_db_per_1000", 3), f"{warp['output']:.4f} (truth {warp['truth']:.4f})",
         "-" if cut is None or cut["mean"] is None else f"{cut['mean']:.1f}",
-        ranged("persistence", 3), memory,
+        ranged("persistence", 3), ranged("recall", 3), memory,
     ]  # fmt: skip
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

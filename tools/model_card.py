@@ -84,6 +84,7 @@ def quality_cells(name: str, model: dict[str, Any]) -> list[str]:
         f"{worst} {model['contrast'][worst]['mean']:.1%}",
         f"{warp['output']:.4f} ({warp['truth']:.4f})",
         ranged(model.get("cut_recovery_frames"), 1), ranged(model.get("persistence"), 2),
+        ranged(model.get("recall"), 2),
         " / ".join(f"{memory[k]:.1f}" for k in ("true", "own", "none")) if memory else "-",
         str(len(model["collapsed"])),
     ]  # fmt: skip
