@@ -1,6 +1,6 @@
-"""The calls of one step and one frame of the model that ask for tiles, recorded as they are made.
+"""The calls of a function that ask for tiles, recorded as they are made.
 
-A step runs once, op by op, with every function that has tiles wrapped: in the registry, and where
+It runs once, op by op, with every function that has tiles wrapped: in the registry, and where
 layers call it by name. What it is called with is copied, once for each key that it asks.
 """
 
@@ -13,7 +13,6 @@ import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,40 +25,10 @@ from mirage_hello.kernels import (
     linear_sm90a,
     ops,
     tuning,
-    use,
 )
 from mirage_hello.kernels.parity import Parity, judge
-from mirage_hello.model import FrameStream, fp8
 
-from . import model
-from .rows import Options
-from .tune import Called, Run, copied, requests
-
-
-def model_calls(options: Options) -> list[Called]:
-    """Every call of one step of the model that asks for a tile, once for each key: in the model's
-    dtype, and then in e4m3 where a layer can multiply in it."""
-    models = model.Models(options)
-    unet = models.plain[0].unet
-    inputs = model.unet_inputs(unet.config, options, models.dtype)
-    with torch.no_grad(), use("auto"):
-        with fp8.noted() as maxima:  # before: the self-tests of the kernels make calls of their own
-            unet(*inputs)
-        biases = unet.noise_biases(*inputs[1::2])
-        stream = FrameStream(*models.plain, graph=False)
-        frame = np.zeros((*options.size, 3), np.uint8)
-        stream.push_eagerly(frame)
-        with recorded() as calls:
-            unet(*inputs)
-            stream.push_eagerly(frame)  # prepared conditions, the autoencoder
-            fp8.use(unet, fp8.scales_for(unet, maxima))
-            unet(inputs[0], biases, unet.context_keys(inputs[2], lasting=True))
-            fp8.use(unet, {})
-    return [
-        Called({"op": op, "case": key, "dtype": model.model_dtype(options)}, run, args, kwargs,
-               held_against_its_own(run, args, kwargs))
-        for (op, key), (run, args, kwargs) in calls.items()
-    ]  # fmt: skip
+from .tune import Run, copied, requests
 
 
 def held_against_its_own(run: Run, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Parity]:

@@ -53,6 +53,7 @@ class Options:
     compile_seconds: float = 240.0
     warm: bool = False  # compile everything first, in several processes
     tiles: int = 0  # candidates timed of each shape, in place of kernels beside peers
+    save: str = ""  # the file that tiles are kept in as they are found
     deadline: float = float("inf")  # time.time() after which nothing new begins
     seed: int = 0
 

@@ -4,7 +4,8 @@ A kernel is started under a listener (kernels/tuning.py) that hears what it asks
 one candidate after another: the COUNT best by the kernel's own model, no more than ALIKE of one
 block shape, and the one in use. Each must pass parity and give the same bits twice before it is
 timed; those that do are timed in turn, with rotating weights where the op has weights, as a layer
-meets them in a model. A candidate that hangs or crashes costs itself (see supervisor.py).
+meets them in a model. A candidate that hangs or crashes costs itself (see supervisor.py). Those of
+a model are timed where they run, in the captured networks: model_tiles.py.
 """
 
 from __future__ import annotations
@@ -248,13 +249,20 @@ def table(results: list[dict[str, Any]]) -> tuning.Table:
     """The results as kernels/tuning.py stores them."""
     found: tuning.Table = {}
     for result in results:
+        if result["entry"]["tile"] == result["entry"].get("was"):
+            continue  # timed in a network and not bettered: what is stored of it stays
         found.setdefault(result["asks"], {})[result["key"]] = result["entry"]
     return found
 
 
 def line(result: dict[str, Any]) -> str:
-    """`conv2d 320->320 @64   Tile(...) 11.80 us; model's Tile(...) 12.10 us; 8 right, 0 wrong`."""
-    entry, best = result["entry"], next(iter(result["times_us"]))
+    """`conv2d 320->320 @64   Tile(...) 11.80 us; model's Tile(...) 12.10 us; 8 right, 0 wrong`; of
+    a place in a network how much faster the network is."""
+    entry = result["entry"]
+    if "effect_us" in entry:
+        text = f"{entry['effect_us']:7.2f} us {result['asks']} {result['case']}: {entry['tile']}"
+        return f"{text}; {len(result['effects_us'])} others, {len(result['wrong'])} wrong"
+    best = next(iter(result["times_us"]))
     text = f"{result['asks']:10} {result['case'][:44]:44} {best} {entry['time_us']:.2f} us"
     if entry["model"] != entry["tile"] and entry["model_us"]:
         text += f"; model's {entry['model_us']:.2f}"

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from mirage_hello.kernels import tuning
+
 from . import (
     attention,
     composed,
@@ -30,7 +32,7 @@ from . import (
     layer_norm,
     linear,
     model,
-    model_calls,
+    model_tiles,
     run_file,
     tune,
 )
@@ -137,9 +139,9 @@ def units(group: str, options: Options, limits: dict[str, Any]) -> Iterator[mode
 def _tile_units(group: str, options: Options) -> Iterator[model.Unit]:
     """One for each call with tiles, after all their candidates are compiled."""
     if group == MODEL_TILES:
-        calls = model_calls.model_calls(options)
-    else:
-        calls = [c for case in cases(options, group) for c in tune.calls_of(*case, options)]
+        yield from model_tiles.units(options)
+        return
+    calls = [c for case in cases(options, group) for c in tune.calls_of(*case, options)]
     tune.compile_all(calls, options.tiles)
     for called in calls:
 
@@ -165,7 +167,7 @@ def measure_group(group: str, options: Options, out: Path) -> None:
     for unit in units(group, options, run["meta"].get("ceilings", {})):
         name = " | ".join(unit.where.values())
         if name not in finished:
-            add(run, _measured(unit, name, options, journal), out)
+            add(run, _measured(unit, name, options, journal), out, options.save)
             journal.append(Entry(name, "", state="end"))
 
 
@@ -193,8 +195,11 @@ def _measured(unit: model.Unit, name: str, options: Options, journal: Journal) -
         return Outcome(failures=[{**unit.where, "kernel": unit.where["op"], "reason": reason}])
 
 
-def add(run: run_file.Run, measured: Outcome, out: Path) -> None:
-    """Put what was measured into the run (newer rows replace older ones), write it, print it."""
+def add(run: run_file.Run, measured: Outcome, out: Path, save: str = "") -> None:
+    """Put what was measured into the run (newer rows replace older ones), write it, print it.
+
+    save: where tiles are kept at once, so that a run that is killed loses no finished choice.
+    """
     replaced = {run_file.row_key(row) for row in measured.rows}
     run["rows"] = [row for row in run["rows"] if run_file.row_key(row) not in replaced]
     run["rows"] += measured.rows
@@ -202,6 +207,9 @@ def add(run: run_file.Run, measured: Outcome, out: Path) -> None:
     run["skipped"] += measured.skipped
     if measured.tiles:
         run["tiles"] = [*run.get("tiles", []), *measured.tiles]
+        if save:
+            meta = run["meta"]
+            tuning.save(meta["gpu"], meta["commit"], tune.table(measured.tiles), Path(save))
     run_file.write(run, out)
     for row in measured.rows:
         print(row_line(row), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -41,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, merge the results into the card's file, say where it is.
+    """Measure, keep each result in the card's file as it comes, say where it is.
 
     Returns:
         0 done; 1 something hung, crashed or raised.
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from mirage_hello.bench import supervisor, tune
+    from mirage_hello.bench import supervisor
     from mirage_hello.bench.worker import MODEL_TILES
     from mirage_hello.kernels import tuning
 
@@ -59,6 +60,13 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput("there is no CUDA device here, and tiles are those of a card")
     options = _options(args)
     groups = [MODEL_TILES] if args.model else _groups(options)
+    card = torch.cuda.get_device_name()
+    path = tuning.shipped_path(card) if args.ship else tuning.user_path(card)
+    try:
+        tuning.save(card, args.commit or "", {}, path)  # before anything is measured
+    except OSError as error:
+        raise BadInput(f"cannot write {path} ({error}); choose another $MIRAGE_CACHE") from error
+    options = dataclasses.replace(options, save=str(path))
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or Path(scratch, "tiles.json")
         try:
@@ -67,13 +75,7 @@ def run(args: argparse.Namespace) -> int:
             )
         except OSError as error:
             raise BadInput(f"cannot write {out} ({error}); choose another --out") from error
-    card, commit = measured["meta"]["gpu"], measured["meta"]["commit"]
-    path = tuning.shipped_path(card) if args.ship else tuning.user_path(card)
     results = measured.get("tiles", [])
-    try:
-        tuning.save(card, commit, tune.table(results), path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path} ({error}); choose another $MIRAGE_CACHE") from error
     failures = measured["failures"]
     if args.json:
         print(json.dumps({"card": card, "path": str(path), "tiles": results, "failed": failures}))
