@@ -1,5 +1,6 @@
 """conv2d_fp8 of what no norm precedes: copies of outputs in e4m3, and shortcuts that read them."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -128,3 +129,26 @@ def test_refusals():
     narrow = Shortcut(eight(1, 8, 4, 4), eight(32, 8, 1, 1))
     with pytest.raises(ValueError, match="multiples of 16"):
         page.conv2d_fp8(x, weight, 1.0, None, 1, 1, shortcut=narrow)
+
+
+@pytest.mark.gpu
+def test_random_shortcuts_and_copies_on_the_gpu(seed):
+    dice = random.Random(seed)
+    for _ in range(12):
+        b, c, o = dice.randint(1, 2), 16 * dice.randint(1, 60), 10 * 8 * dice.randint(1, 12)
+        h, w = dice.randint(1, 40), dice.randint(1, 40)
+        channels = [16 * dice.randint(1, 60) for _ in range(dice.randint(1, 2))]
+        size = {"device": "cuda"}
+        x, inputs = eight(b, c, h, w, **size), [eight(b, n, h, w, **size) for n in channels]
+        weight = page.quantise_weight(draw(o, c, 3, 3, **size) / c)
+        units = weight.scales[:, None, None, None]
+        short = page.quantise(draw(o, sum(channels), 1, 1, **size) / c, units)
+        beside = Shortcut(inputs[0], short, inputs[1] if channels[1:] else None)
+        copy = copy_like(b, o, h, w, 0.05, **size)
+        args = (x, weight, 0.01, draw(o, **size), 1, 1)
+        out, _ = page.conv2d_fp8(*args, unit=10, shortcut=beside, copy=copy)
+        truth = page.conv2d_fp8_torch(*args)
+        given = (torch.cat(inputs, 1), page.Weight(short, weight.scales), 0.01, None, 1, 0)
+        truth += page.conv2d_fp8_torch(*given)
+        assert (out.double() - truth).norm() < 4e-3 * truth.norm(), (b, c, o, h, w, channels)
+        assert torch.equal(copy[0].float(), page.quantise(out, 0.05).float())

@@ -79,13 +79,20 @@ def test_every_layer_that_can_is_calibrated() -> None:
         assert any(name.endswith(part) for name in found[1]), part
 
 
-def test_live_changes_in_e4m3() -> None:
+@pytest.mark.parametrize("taken", [Ways(), RAW], ids=["products", "raw"])
+def test_live_changes_in_e4m3(taken) -> None:
     """Prompt and deltas, in place: what a fresh stream with those scales computes, bit by bit."""
+    with going(taken):
+        live_changes()
+
+
+def live_changes() -> None:
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0.weight"
     x = torch.randn(1, 28, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last)
 
     def change(of: FrameStream) -> None:
-        of.set_deltas(dict.fromkeys(names, torch.ones(1, 64, 64)[0]), 0.1)
+        weights = dict(of.denoiser.named_parameters())
+        of.set_deltas({name: torch.ones_like(weights[name]) for name in names}, 0.1)
         of.set_style(2)
 
     def out(of: FrameStream) -> torch.Tensor:
@@ -94,6 +101,11 @@ def test_live_changes_in_e4m3() -> None:
 
     live, fresh = (stream(dtype=torch.bfloat16, policy="ptx-emulated") for _ in range(2))
     names = [name, name.replace("to_out.0", "to_q"), name.replace("attn2", "attn1")]
+    names += [f"unet.up_blocks.0.resnets.0.{conv}.weight" for conv in ("conv2", "conv_shortcut")]
+    names += [
+        "unet.mid_block.attentions.0.proj_out.weight",
+        "unet.mid_block.resnets.0.conv1.weight",
+    ]
     scales = live.use_fp8(clip(1))
     before = out(live)
     places = [t.data_ptr() for t in live._settings.tensors()]

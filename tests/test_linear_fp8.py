@@ -1,5 +1,7 @@
 """linear in e4m3 behind a layer_norm: copies of rows, gates and softmaxes, in the emulator."""
 
+import random
+
 import pytest
 import torch
 from linear_calls import draw, inputs
@@ -163,3 +165,25 @@ def test_refusals():
         linear_sm90a.linear_summed(rows, draw(16, 96), copy_scale=0.0)
     with pytest.raises(ValueError, match="x_scale must be above 0"):
         linear_fp8.fold(layer(48, 96)[0], 0.0)
+
+
+@pytest.mark.gpu
+def test_random_rows_on_the_gpu(seed):
+    """A linear that copies its rows, then linear, gate and softmax of the copies: random sizes."""
+    dice = random.Random(seed)
+    for _ in range(8):
+        m, c, n = dice.randint(1, 5000), 16 * dice.randint(2, 80), 16 * dice.randint(1, 120)
+        x, weight, bias, residual = inputs("linear", m, c, c, device="cuda")
+        scale = 6 / 448
+        rows, sums = linear_sm90a.linear_summed(x, weight, bias, residual, copy_scale=scale)
+        assert torch.equal(sums.copy.float(), linear_fp8.quantize(rows, scale).float())
+        folded = layer_norm_linear.fold(None, None, draw(2 * n, c, scale=c**-0.5, device="cuda"))
+        eight = linear_fp8.fold(folded, scale)
+        truth = linear_fp8.layer_norm_linear_fp8_torch(rows, sums.copy, eight)
+        out = linear_fp8.layer_norm_linear_fp8(sums, eight).double()
+        assert (out - truth).norm() < 4e-3 * truth.norm(), (m, c, n)
+        h, gate = truth.chunk(2, -1)
+        truth = h * torch.nn.functional.gelu(gate)
+        unit = truth.abs().max().item() / 448
+        out = linear_fp8.layer_norm_geglu_fp8(sums, eight, unit).double() * unit
+        assert (out - truth).norm() < 0.03 * truth.norm(), (m, c, n)
