@@ -59,13 +59,11 @@ class Timed:
         lost: Sequence[str],
     ) -> Outcome:
         """The fastest of the right tiles, which the step keeps."""
-        run, args, kwargs = self.calls[place]
-        judge = model_calls.held_against_its_own(run, args, kwargs)
-        tuned = Tuned(Called(where, run, args, kwargs, judge), self.step.requests[place], 0)
+        alone = self.alone(where, place)
         was, right, wrong = self.step.tiles[place], [], {}
         for tile in (t for t in tiles if tuning.name(t) not in lost):
             begin(tuning.name(tile), TILE_SECONDS)
-            problem = tuned.problem(tile) or self.problem({place: tile})
+            problem = alone(tile) or self.problem({place: tile})
             if problem is None:
                 right.append(tile)
             else:
@@ -84,6 +82,14 @@ class Timed:
         return Outcome(
             tiles=[{**where, **result, "effects_us": found["effects_us"], "wrong": wrong}]
         )
+
+    def alone(self, where: dict[str, str], place: step_tiles.Place) -> Callable[[Any], str | None]:
+        """What is wrong with a tile in the call that was recorded; nothing where none was."""
+        if place not in self.calls:
+            return lambda tile: None
+        run, args, kwargs = self.calls[place]
+        judge = model_calls.held_against_its_own(run, args, kwargs)
+        return Tuned(Called(where, run, args, kwargs, judge), self.step.requests[place], 0).problem
 
     def problem(self, changes: step_tiles.Tiles) -> str | None:
         """What is wrong with the network's output with other tiles."""

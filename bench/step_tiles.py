@@ -92,11 +92,14 @@ class Step:
         return harness.capture(lambda: self.with_tiles(changes), pool)
 
     def heaviest(self) -> list[Place]:
-        """Places by the time that their kernels' models give all their calls, the longest first.
-        A model in no unit (its rule's choice costs 0) comes last."""
+        """Places by the time that their kernels' models give all their calls, the longest first;
+        before them the few that have a rule in the place of a model, whose choice costs 0."""
 
         def cost(place: Place) -> float:
-            return self.calls[place] * self.requests[place].cost(self.tiles[place])
+            request = self.requests[place]
+            has_rule = request.cost(request.ranked()[0]) == 0
+            each = float("inf") if has_rule else request.cost(self.tiles[place])
+            return self.calls[place] * each
 
         return sorted(self.calls, key=cost, reverse=True)
 

@@ -30,6 +30,11 @@ def double(x: torch.Tensor) -> torch.Tensor:
     return 2 * x if tile != Tile(128, split=4) else 2 * x + 1  # which is wrong
 
 
+def ruled(x: torch.Tensor) -> torch.Tensor:
+    tuning.tile_for("ruled", {"n": x.numel()}, lambda: ("a", "b"), lambda t: float(t != "b"))
+    return x
+
+
 asked: list[tuple[int, Tile]] = []
 
 
@@ -77,6 +82,11 @@ def test_a_step_knows_what_it_asks_and_how_often():
     asked.clear()
     found.with_tiles({OTHER: Tile(128)})
     assert asked == [(3, Tile(64)), (3, Tile(64)), (5, Tile(128))]
+
+
+def test_places_with_a_rule_come_first():
+    found = step_tiles.Step(lambda: step() + ruled(torch.ones(2)).sum())
+    assert found.heaviest() == [("ruled", "n=2"), PLACE, OTHER]
 
 
 def test_candidates_are_near_the_one_in_use_or_the_best():

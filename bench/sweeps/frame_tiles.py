@@ -81,15 +81,6 @@ def whole_ways(step: step_tiles.Step, pool: Any) -> dict[str, float]:
     return {"now": statistics.median(now), **found}
 
 
-def order(step: step_tiles.Step) -> list[step_tiles.Place]:
-    """The heaviest first; before them the passes of GroupNorm, and convolutions with shortcuts."""
-
-    def rank(place: step_tiles.Place) -> int:
-        return 0 if place[0] == "group_norm_apply" else 1 if "short" in place[1] else 2
-
-    return sorted(step.heaviest(), key=rank)
-
-
 def right(
     step: step_tiles.Step, place: step_tiles.Place, tiles: list[Any], called: tune.Called,
     wrong: Callable[[Tensor], str | None], begin: Callable[[Any], None],
@@ -132,7 +123,7 @@ def measure(out: Path, seconds: float, near: int, best: int, chosen: Path | None
         print(json.dumps(results["ways"]), flush=True)
         out.write_text(json.dumps(results))
     done = {(p["op"], p["key"]) for p in results["places"]}
-    places = [p for p in order(step) if p not in done]
+    places = [p for p in step.heaviest() if p not in done and p in calls]
     candidates = {p: step.candidates(p, near, best) for p in places}
     step_tiles.compile_all(step, candidates)
     print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
