@@ -196,6 +196,27 @@ def conv2d_normalising() -> Iterator[SanitizedCall]:
         yield SanitizedCall(name, run, truth, args)
 
 
+def conv2d_beside_a_shortcut() -> Iterator[SanitizedCall]:
+    """K blocks of another window and of one or two more tensors, split before, at and past them."""
+    for split, second in [(1, 0), (2, 40), (5, 128)]:
+        x, short = draw(2, 72, 9, 11), draw(2, 128, 9, 11)
+        skip = draw(2, second, 9, 11) if second else None
+        weight = draw(80, 72, 3, 3, scale=648**-0.5)
+        beside = draw(80, 128 + second, 1, 1, scale=(128 + second) ** -0.5)
+        tile = conv2d_sm90a.Tile(2, 80, split, patch=True)
+        run = first_of(partial(with_a_shortcut, conv2d_sm90a.conv2d_fused_sm90a, tile=tile))
+        truth = first_of(partial(with_a_shortcut, conv2d_fused.conv2d_fused_torch))
+        args = (x, weight, draw(80), short, beside, skip)
+        yield SanitizedCall(f"shortcut split {split}, {second} of skip", run, truth, args)
+
+
+def with_a_shortcut(
+    run: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor, *short: Any, **options: Any
+) -> Any:
+    shortcut = conv2d_fused.Shortcut(*short)
+    return run(x, weight, bias, 1, 1, unit=10, shortcut=shortcut, **options)
+
+
 def first_of(run: Callable[..., tuple]) -> Callable[..., Tensor]:
     return lambda *args: run(*args)[0]
 
@@ -328,7 +349,7 @@ FAMILIES: dict[str, tuple[Callable[..., Iterator[SanitizedCall]], ...]] = {
     "attention fp8": (attention_fp8_hopper,),
     "attention sm_80": (lambda: samples("attention", backends=("cuda",)), attention_ampere),
     "conv2d sm_90a": (lambda: samples("conv2d", backends=("ptx",)), conv2d_hopper),
-    "conv2d fused": (conv2d_normalising,),
+    "conv2d fused": (conv2d_normalising, conv2d_beside_a_shortcut),
     "group_norm apply": (given_sums,),
     "linear folded": (folded_linear,),
     "linear sm_90a": (lambda: samples("linear", "geglu", backends=("ptx",)), linear_hopper),
