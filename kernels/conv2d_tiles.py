@@ -40,6 +40,8 @@ class Tile:
         have one each.
     promote: of e4m3 operands: K blocks whose products wgmma sums with its 14 bits before they are
         added in float32; 0: all.
+    ahead: the weights past the ring are fetched to the L2 as the block starts, which may be while
+        the kernel before still runs.
     quantises: a norm writes e4m3 patches beside the bfloat16 ones that were loaded.
     """
 
@@ -53,6 +55,7 @@ class Tile:
     patches: int = 2
     promote: int = 0
     quantises: bool = False
+    ahead: bool = False
 
     @property
     def patch_stages(self) -> int:
@@ -150,6 +153,7 @@ class Tile:
             "STAGES": self.stages,
             "BLOCKS_PER_SM": self.blocks_per_sm,
             "PERSISTENT": self.persistent,
+            "AHEAD": self.ahead,
             "BARS": self.layout(r, s)[0],
         }
 
@@ -266,7 +270,9 @@ def fitting(
         for n in RINGS
         if n <= min(t.room(r, s), t.share(blocks)) and n != t.most_stages(t.share(blocks), r, s)
     )
-    return (*found, *others)
+    # Where weights are most of what is read: they are read at once, by few tiles of pixels.
+    early = (replace(t, ahead=True) for t in found if not t.persistent and blocks >= 20)
+    return (*found, *others, *early)
 
 
 def _normalises(tile: Tile, batch: int, blocks: int, r: int, s: int, groups: int) -> bool:
