@@ -40,7 +40,21 @@ def held_against_its_own(run: Run, args: tuple, kwargs: dict[str, Any]) -> Calla
             out = run(*args, **kwargs)
         return out if isinstance(out, Tensor) else out[0]
 
-    return lambda out: judge(out, truth(), truth().double())
+    def held(out: Tensor) -> Parity:
+        plain = truth()
+        if out.dtype == torch.float8_e4m3fn:  # steps of 1/8: another order of sums crosses a few
+            return rounded(out.float(), plain.float())
+        return judge(out, plain, plain.double())
+
+    return held
+
+
+def rounded(out: Tensor, plain: Tensor) -> Parity:
+    """Of values that were e4m3: 1 % of the norm, and no value further than one step."""
+    difference = (out - plain).double()
+    error = (difference.norm() / plain.double().norm().clamp_min(1e-30)).item()
+    steps = (difference.abs() / plain.abs().clamp_min(2.0**-6)).max().item()
+    return Parity(error, 0.01, steps, 0.13)
 
 
 @contextlib.contextmanager

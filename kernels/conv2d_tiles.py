@@ -17,6 +17,7 @@ RESIDENT = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
 MAX_STAGES = {1: 20, 2: 12, 3: 12}
 RING = 12  # stages where a tile names none
 RINGS = (6, 8, 16, 20)  # that `mirage tune` tries beside it
+SHORT_PATCHES = (6, 4)  # in flight, of tiles with a shortcut
 MULTIPROCESSORS = 132
 # Of the estimate, in clocks of an H200; fitted to 200 measured tiles (7 % mean error).
 PRODUCTS = 1.07  # products against the peak rate of 4096 FLOP a clock
@@ -37,7 +38,7 @@ class Tile:
     persistent: one block a multiprocessor takes several tiles, and loads the next one while it
         stores; split must be 1.
     patches: in flight; 3 where a norm rewrites them, so that the load, the norm and the products
-        have one each.
+        have one each; more where a shortcut takes a patch for every K block.
     promote: of e4m3 operands: K blocks whose products wgmma sums with its 14 bits before they are
         added in float32; 0: all.
     ahead: the weights past the ring are fetched to the L2 as the block starts, which may be while
@@ -263,7 +264,11 @@ def fitting(
         found = [replace(t, promote=PROMOTE, quantises=bool(groups)) for t in fits]
     found = [t for t in found if not groups or _normalises(t, batch, blocks, r, s, groups)]
     if short:
+        # A patch of the shortcut serves one K block: with two in flight its loads are all that
+        # counts (the 880m's step took 161 us more than with shortcuts of their own).
         found = [t for t in found if t.patch and not t.persistent]
+        deep = [replace(t, patches=n) for n in SHORT_PATCHES for t in found]
+        found = [t for t in deep if t.most_stages(n := t.share(blocks), r, s) >= min(6, n)]
     others = (
         replace(t, stages=n)
         for t in found

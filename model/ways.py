@@ -51,7 +51,7 @@ class Ways:
     merges_from: int = 0
     row_sums: bool = True
     prompts: bool = True
-    shortcuts: bool = True
+    shortcuts: bool = False
     on_load: tuple[int, ...] = ()
     e4m3_rows: bool = True
     e4m3_merges: bool = True

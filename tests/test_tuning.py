@@ -18,6 +18,7 @@ from mirage_hello.kernels import (
     conv2d_tiles,
     explain,
     forget_choices,
+    group_norm_apply,
     linear_sm90a,
     ops,
     tuning,
@@ -327,6 +328,8 @@ def asked(op, key):
     numbers = {name: int(value) for name, value in (part.split("=") for part in key.split())}
     if op.startswith("conv2d"):
         return conv2d_tiles.choose_tile(**numbers, fp8="fp8" in op)
+    if op.startswith("group_norm_apply"):
+        return group_norm_apply.choose_cut(**numbers, op=op)
     product = "geglu" if "geglu" in op else "linear"
     kinds = {"norm": "layer_norm" in op, "fp8": "fp8" in op, "quantised": "to_e4m3" in op}
     shape = [numbers[name] for name in ("m", "n", "blocks")]

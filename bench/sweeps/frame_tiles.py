@@ -28,7 +28,7 @@ from mirage_hello.model import build
 from mirage_hello.model.ways import Ways, going
 
 WAYS: dict[str, dict[str, Any]] = {
-    "shortcuts apart": {"shortcuts": False},
+    "shortcuts folded": {"shortcuts": True},
     "no merged products": {"merges_from": 2**31},
     "products merged from 640": {"merges_from": 640},
     "sums from 32x32": {"sums_from": 1024},
