@@ -1,11 +1,12 @@
 """Tiles of the 880m's U-Net, each timed in the captured step:
-`python3.12 bench/sweeps/frame_tiles.py OUT.json [SECONDS [NEAR BEST [CHOSEN.json]]]`.
+`python3.12 bench/sweeps/frame_tiles.py OUT.json [SECONDS [NEAR BEST [CHOSEN.json | folded]]]`.
 
 First other ways of the layers, then place by place, the heaviest first, until SECONDS are over
 (default 110): at most NEAR tiles that differ in one field and the BEST by the model (6, 6). A
 tile counts if the recorded call is right with it, twice the same, and the step is. A fresh process
 goes on without the tile that hung or crashed the last one; every place is written as it ends.
-CHOSEN.json: results of an earlier run, whose tiles are taken first.
+CHOSEN.json: results of an earlier run, whose tiles are taken first. folded: with shortcuts in the
+second convolution of their block, whose tiles alone are timed.
 """
 
 import json
@@ -25,9 +26,10 @@ from mirage_hello.bench import model_calls, step_tiles, tune
 from mirage_hello.kernels import tuning, use
 from mirage_hello.kernels.parity import exact_float32
 from mirage_hello.model import build
-from mirage_hello.model.ways import Ways, going
+from mirage_hello.model.ways import Ways, going, ways
 
 WAYS: dict[str, dict[str, Any]] = {
+    "shortcuts apart": {"shortcuts": False},
     "shortcuts folded": {"shortcuts": True},
     "no merged products": {"merges_from": 2**31},
     "products merged from 640": {"merges_from": 640},
@@ -135,6 +137,8 @@ def measure(out: Path, seconds: float, near: int, best: int, chosen: Path | None
         out.write_text(json.dumps(results))
     done = {(p["op"], p["key"]) for p in results["places"]}
     places = [p for p in step.heaviest() if p not in done and p in calls]
+    if ways().shortcuts:
+        places = [p for p in places if " short=" in p[1]]
     candidates = {p: step.candidates(p, near, best) for p in places}
     step_tiles.compile_all(step, candidates)
     print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
@@ -196,7 +200,8 @@ def main(out: str, seconds: str = "110", near: str = "6", best: str = "6", *chos
 if __name__ == "__main__":
     if sys.argv[1] == "--measure":
         target, limit, *counts = sys.argv[2:]
-        earlier = Path(counts[2]) if len(counts) > 2 else None
-        measure(Path(target), float(limit), int(counts[0]), int(counts[1]), earlier)
+        earlier = Path(counts[2]) if len(counts) > 2 and counts[2] != "folded" else None
+        with going(Ways(shortcuts="folded" in counts)):
+            measure(Path(target), float(limit), int(counts[0]), int(counts[1]), earlier)
         sys.exit(0)
     sys.exit(main(*sys.argv[1:]))
