@@ -144,12 +144,15 @@ def compile_all(step: Step, candidates: Mapping[Place, list[Any]]) -> None:
 
 
 def replays_us(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
-    """name -> microseconds of each replay; the graphs are replayed in turn."""
-    for graph in graphs.values():
-        graph.replay()
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        timed = {name: harness.timed(graph.replay) for name, graph in graphs.items()}
+    """name -> microseconds of each replay; the graphs are replayed in turn, another one first in
+    each round, behind one that does not count: the first after the host waited is slower."""
+    names = list(graphs)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        first = i % len(names)
+        graphs[names[first - 1]].replay()
+        turn = names[first:] + names[:first]
+        timed = {name: harness.timed(graphs[name].replay) for name in turn}
         torch.cuda.synchronize()
         for name, (begin, end) in timed.items():
             samples[name].append(begin.elapsed_time(end) * 1e3)
