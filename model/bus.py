@@ -25,14 +25,11 @@ class Pinned(NamedTuple):
     interface: dict[str, Any]  # the array's, as NumPy's protocol wants it
 
     @staticmethod
-    def like(frame: Tensor, only_written: bool = False) -> Pinned:
-        """Memory for a frame of this shape; not pinned for a frame on the host.
-
-        Args: only_written: the host shall never read it, and writes it faster.
-        """
+    def like(frame: Tensor) -> Pinned:
+        """Memory for a frame of this shape; not pinned for a frame on the host."""
         shape = tuple(frame.shape)
         on_host = not frame.is_cuda
-        array = np.empty(shape, np.uint8) if on_host else page_locked(shape, only_written)
+        array = np.empty(shape, np.uint8) if on_host else page_locked(shape)
         return Pinned(torch.from_numpy(array), array, array.__array_interface__)
 
 
@@ -201,7 +198,7 @@ def _copy(memory: Tensor, frame: np.ndarray | Tensor) -> None:
 
 def _slot(frame: Tensor) -> _Slot:
     # Empty: nothing that a copy stream would have to wait for is queued for this memory.
-    host_in = Pinned.like(frame, only_written=True)
+    host_in = Pinned.like(frame)
     staged = [torch.empty_like(frame) for _ in range(2)]
     events = [torch.cuda.Event() for _ in range(3)]
     return _Slot(host_in, staged[0], staged[1], events[0], events[1], events[2])

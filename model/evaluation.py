@@ -55,7 +55,7 @@ class EvalConfig:
     cut_frames: int = 100
     cut_run: int = 600
     given: int = 4
-    history_noise: float = 0.05
+    history_noise: float = 0.02
     seconds: float = 0.0
 
 

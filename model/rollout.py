@@ -42,7 +42,7 @@ class Rollout:
         *,
         steps: int = 2,
         sampler: Sampler = euler,
-        history_noise: float = 0.05,
+        history_noise: float = 0.02,
         remember: bool = True,
         seed: int = 0,
     ) -> None:

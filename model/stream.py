@@ -71,7 +71,7 @@ class FrameStream(Plans):
         arena: bool = True,
         seed: int = 0,
         strength: float = 1.0,
-        history_noise: float = 0.05,
+        history_noise: float = 0.02,
         context: Tensor | None = None,
         guidance: float | None = None,
         negative: Tensor | None = None,

@@ -52,7 +52,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--every", type=int, default=4, help="measure each so many frames")
     parser.add_argument("--burn-in", type=int, default=100, help="frames before the fits begin")
     parser.add_argument("--cut-frames", type=int, default=600, help="frames of the run with cuts")
-    parser.add_argument("--history-noise", type=float, default=0.05, help="sigma on the memory")
+    parser.add_argument("--history-noise", type=float, default=0.02, help="sigma on the memory")
     parser.add_argument("--seconds", type=float, default=0.0, help="end the long run by then")
     parser.add_argument("--short", action="store_true", help="the long run alone")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these candidates alone")

@@ -1,6 +1,6 @@
 """What the host does for one frame, call by call: `python3.12 bench/sweeps/frame_host.py OUT.json`.
 
-First whole frames, as `bench/bus.py` takes them: into write-combined or ordinary pinned memory, by
+First whole frames, as `bench/bus.py` takes them: by
 as many threads as torch has and by fewer, of a clip that the caches have forgotten (cold) and of
 frames just written, as a decoder leaves them. Then every call in its place, behind a frame that has
 been waited for. `cores` is what the process burns meanwhile: torch's threads wait for work by
@@ -38,19 +38,14 @@ def clip() -> np.ndarray:
 
 def whole_frames(stream: FrameStream, frames: np.ndarray, found: Found) -> None:
     """submit and collect, for each way of copying."""
-    buffers, default = stream._buffers, torch.get_num_threads()
-    assert buffers is not None
-    for memory, only_written in {"pinned": False, "write-combined": True}.items():
-        for slot in buffers.bus._free:
-            slot.host_in = Pinned.like(buffers.frame_in[0], only_written)
-        for threads in sorted({default, 4, 1}, reverse=True):
-            torch.set_num_threads(threads)
-            some = list(itertools.islice(itertools.cycle(frames), FRAMES))
-            for state, source in {"cold": some, "just written": bus.just_written(some)}.items():
-                name = f"frame: {memory}, {threads} threads, {state}"
-                _keep(found, name, lambda: bus.host_us(stream, source))  # noqa: B023
-            if memory == "write-combined":
-                _keep(found, f"push: {threads} threads", lambda: pushed(stream, frames))
+    default = torch.get_num_threads()
+    for threads in sorted({default, 4, 1}, reverse=True):
+        torch.set_num_threads(threads)
+        some = list(itertools.islice(itertools.cycle(frames), FRAMES))
+        for state, source in {"cold": some, "just written": bus.just_written(some)}.items():
+            name = f"frame: {threads} threads, {state}"
+            _keep(found, name, lambda: bus.host_us(stream, source))  # noqa: B023
+        _keep(found, f"push: {threads} threads", lambda: pushed(stream, frames))
     torch.set_num_threads(default)
     pinned = [torch.from_numpy(frame).pin_memory() for frame in frames]
     for name, kind in {"NumPy": list(frames) * 2, "pinned": pinned * 2}.items():
@@ -152,7 +147,7 @@ def calls(stream: FrameStream, frames: np.ndarray, found: Found) -> None:
 def copies(out: str) -> None:
     """torch's copies behind 2.4 ms of a device at work, in this process's environment."""
     found: Found = {}
-    memory, frames = Pinned.like(torch.empty(*SIZE, 3, device="cuda"), True).tensor, clip()
+    memory, frames = Pinned.like(torch.empty(*SIZE, 3, device="cuda")).tensor, clip()
     turn = itertools.cycle(torch.from_numpy(frame) for frame in frames)
     for threads in (4, 1):
         torch.set_num_threads(threads)

@@ -28,7 +28,7 @@ from mirage_hello.model.training.parallel import Workers
 from mirage_hello.model.training.pool import ClipPool
 from mirage_hello.model.training.streams import LiveStreams
 
-RUN_NOISE = 0.05  # FrameStream's default history_noise: roll-outs happen as at run time
+RUN_NOISE = 0.05  # of roll-outs; above FrameStream's default, 0.02, so that it is on the safe side
 
 
 @dataclass
