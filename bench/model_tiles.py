@@ -9,7 +9,11 @@ SLACK of what it is with the tiles in use.
 from __future__ import annotations
 
 import functools
+import os
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +28,8 @@ from . import model, model_calls, step_tiles
 from .rows import STEP_SECONDS, Begin, Options, Outcome
 from .tune import TILE_SECONDS, Called, Tuned
 
+TOGETHER = 8  # places whose candidates are compiled while those before are timed
+GAINED_ROUNDS, LAST_SECONDS = 60, 4.0  # and what they and the captures take at the end of a budget
 SLACK = 1.1  # other orders of sums move the error of a network by a few percent
 
 
@@ -101,27 +107,60 @@ class Timed:
 
 @torch.no_grad()
 def units(options: Options) -> Iterator[model.Unit]:
-    """A unit for each place of each network, the heaviest first; kernels are compiled before."""
+    """A unit for each place of each network, the heaviest first, and one for what came of them."""
     seen: set[step_tiles.Place] = set()
-    for network in networks(options):
-        with model_calls.recorded() as calls:
-            out = network.run()
-        step = step_tiles.Step(network.run)
-        allowed = SLACK * model.relative_error(out, network.truth)
-        pool = torch.cuda.graph_pool_handle()
-        held = step.captured({}, pool)  # graphs find the pool's memory where it was
-        candidates = {
-            place: step.candidates(place, options.tiles, options.tiles)
-            for place in step.heaviest()
-            if place not in seen
-        }
-        seen |= set(candidates)
-        step_tiles.compile_all(step, candidates)
-        step_tiles.still()
-        timed = Timed(network, step, calls, allowed, pool)
-        for place, tiles in candidates.items():
-            yield timed.unit(place, tiles)
-        del held
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        for network in networks(options):
+            with model_calls.recorded() as calls:
+                out = network.run()
+            step = step_tiles.Step(network.run)
+            before = dict(step.tiles)
+            allowed = SLACK * model.relative_error(out, network.truth)
+            pool = torch.cuda.graph_pool_handle()
+            held = step.captured({}, pool)  # graphs find the pool's memory where it was
+            step_tiles.still()
+            timed = Timed(network, step, calls, allowed, pool)
+            places = [place for place in step.heaviest() if place not in seen]
+            seen |= set(places)
+            for place, tiles in compiled(step, places, options.tiles, compilers):
+                if time.time() > options.deadline - LAST_SECONDS:
+                    break
+                yield timed.unit(place, tiles)
+            where = {"op": "step", "case": network.name, "dtype": ""}
+            yield model.Unit(where, functools.partial(gained, timed, before))
+            del held
+            if time.time() > options.deadline - LAST_SECONDS:
+                return
+
+
+def compiled(
+    step: step_tiles.Step, places: list[step_tiles.Place], count: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[step_tiles.Place, list[Any]]]:
+    """Places and their candidates; the next few are compiled while these are timed."""
+    parts = [places[i : i + TOGETHER] for i in range(0, len(places), TOGETHER)]
+
+    def begun(part: list[step_tiles.Place]) -> tuple[step_tiles.Tiles, list[Future]]:
+        candidates = {place: step.candidates(place, count, count) for place in part}
+        return candidates, step_tiles.compiling(step, candidates, pool)
+
+    following = begun(parts[0]) if parts else ({}, [])
+    for i in range(len(parts)):
+        candidates, jobs = following
+        step_tiles.done(jobs)
+        if i + 1 < len(parts):
+            following = begun(parts[i + 1])
+        yield from candidates.items()
+
+
+def gained(timed: Timed, before: step_tiles.Tiles, begin: Begin, lost: Sequence[str]) -> Outcome:
+    """Prints what the network takes with the tiles that it had, and with those that were found."""
+    begin("timing", STEP_SECONDS)
+    graphs = {"before": timed.step.captured(before, timed.pool)}
+    graphs["after"] = timed.step.captured({}, timed.pool)
+    found = step_tiles.replays_us(graphs, GAINED_ROUNDS)
+    was, now = (statistics.median(found[name]) for name in ("before", "after"))
+    print(f"{timed.network.name}: {was:.1f} us, now {now:.1f} us", flush=True)
+    return Outcome()
 
 
 @torch.no_grad()

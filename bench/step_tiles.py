@@ -22,7 +22,7 @@ import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ Place = tuple[str, str]  # op and key of a request
 Tiles = dict[Place, Any]
 
 ALIKE = 3  # candidates of one block shape
+FEW = 4
 FIRST_ROUNDS, LAST_ROUNDS, LAST = 10, 60, 2  # rounds of all; of the LAST fastest
 LEAST_US = 1.0  # of a step, whose replays differ by 5 us: what 60 rounds tell apart
 
@@ -92,14 +93,15 @@ class Step:
         return harness.capture(lambda: self.with_tiles(changes), pool)
 
     def heaviest(self) -> list[Place]:
-        """Places by the time that their kernels' models give all their calls, the longest first;
-        before them the few that have a rule in the place of a model, whose choice costs 0."""
+        """Places by the time that their kernels' models give all their calls, the longest first.
+        Of those that have a rule in the place of a model, whose choice costs 0, the ones with a few
+        candidates come before, the others after: cuts of a GroupNorm bring little."""
 
         def cost(place: Place) -> float:
-            request = self.requests[place]
-            has_rule = request.cost(request.ranked()[0]) == 0
-            each = float("inf") if has_rule else request.cost(self.tiles[place])
-            return self.calls[place] * each
+            ranked = self.requests[place].ranked()
+            if self.requests[place].cost(ranked[0]) == 0:
+                return float("inf") if len(ranked) <= FEW else 0.0
+            return self.calls[place] * self.requests[place].cost(self.tiles[place])
 
         return sorted(self.calls, key=cost, reverse=True)
 
@@ -112,22 +114,33 @@ class Step:
         chosen: list[Any] = []
         known = set(ranked)
         for tile in ranked:
-            full = dataclasses.replace(tile, stages=None) if hasattr(tile, "stages") else tile
-            if (tile == full or full not in known) and alike[block(tile)] < ALIKE:
+            plain = _plain(tile)
+            if (tile == plain or plain not in known) and alike[block(tile)] < ALIKE:
                 alike[block(tile)] += 1
                 chosen.append(tile)
         return list(dict.fromkeys([*picked, *chosen[:best]]))
 
 
+def _plain(tile: Any) -> Any:
+    """A tile without what the models of its time do not see: its ring and what it fetches ahead."""
+    if not dataclasses.is_dataclass(tile):
+        return tile
+    whole: Any = tile
+    unseen = {"stages": None, "ahead": False}
+    return dataclasses.replace(whole, **{k: v for k, v in unseen.items() if hasattr(tile, k)})
+
+
 def _one_field_apart(a: Any, b: Any) -> bool:
     """Whether two tiles differ in one field that is not of a block's shape."""
     if block(a) != block(b) or not dataclasses.is_dataclass(a):
-        return False
+        return False  # numbers and words have no fields
     return sum(getattr(a, f.name) != getattr(b, f.name) for f in dataclasses.fields(a)) == 1
 
 
-def compile_all(step: Step, candidates: Mapping[Place, list[Any]]) -> None:
-    """Every candidate into the kernel cache, on every core: ptxas is a process of its own."""
+def compiling(
+    step: Step, candidates: Mapping[Place, list[Any]], pool: ThreadPoolExecutor
+) -> list[Future]:
+    """Every candidate on its way into the kernel cache: ptxas is a process of its own."""
     with unlaunched() as programs:
         for i in range(max(map(len, candidates.values()), default=0)):
             turn = {place: tiles[i] for place, tiles in candidates.items() if i < len(tiles)}
@@ -138,9 +151,19 @@ def compile_all(step: Step, candidates: Mapping[Place, list[Any]]) -> None:
                     with contextlib.suppress(RuntimeError, ValueError):
                         step.with_tiles({place: tile})
     arch = device_arch(torch.device("cuda", torch.cuda.current_device()))
+    return [pool.submit(program.compile, arch) for program in programs]
+
+
+def compile_all(step: Step, candidates: Mapping[Place, list[Any]]) -> None:
+    """Every candidate into the kernel cache, on every core."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for job in [pool.submit(program.compile, arch) for program in programs]:
-            job.exception()
+        done(compiling(step, candidates, pool))
+
+
+def done(jobs: list[Future]) -> None:
+    """Waits; what does not compile is reported when its own turn comes."""
+    for job in jobs:
+        job.exception()
 
 
 def replays_us(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:

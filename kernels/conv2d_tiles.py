@@ -277,7 +277,7 @@ def fitting(
     )
     # Where weights are most of what is read: they are read at once, by few tiles of pixels.
     early = (replace(t, ahead=True) for t in found if not t.persistent and blocks >= 20)
-    return (*found, *others, *early)
+    return (*found, *early, *others)
 
 
 def _normalises(tile: Tile, batch: int, blocks: int, r: int, s: int, groups: int) -> bool:

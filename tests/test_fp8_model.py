@@ -14,7 +14,7 @@ from mirage_hello.ptx import loader
 
 NEVER = Ways(e4m3_rows=False)
 SPLIT = Ways(e4m3_merges=False)
-RAW = Ways(e4m3_raw=True)
+RAW = Ways(e4m3_raw=True, shortcuts=True)
 
 
 @pytest.mark.parametrize(

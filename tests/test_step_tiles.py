@@ -1,5 +1,7 @@
 """Tiles timed in a captured step: a step on a CPU, captures and a clock of ours."""
 
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -84,9 +86,13 @@ def test_a_step_knows_what_it_asks_and_how_often():
     assert asked == [(3, Tile(64)), (3, Tile(64)), (5, Tile(128))]
 
 
-def test_places_with_a_rule_come_first():
+def test_places_with_a_rule_and_few_ways_come_first_others_last():
     found = step_tiles.Step(lambda: step() + ruled(torch.ones(2)).sum())
     assert found.heaviest() == [("ruled", "n=2"), PLACE, OTHER]
+    request = found.requests["ruled", "n=2"]
+    many = dataclasses.replace(request, candidates=lambda: "abcde")
+    found.requests["ruled", "n=2"] = many
+    assert found.heaviest() == [PLACE, OTHER, ("ruled", "n=2")]
 
 
 def test_candidates_are_near_the_one_in_use_or_the_best():
@@ -134,6 +140,23 @@ class TestInANetwork:
         assert "Tile(rows=128, split=4)" in result["wrong"]
         assert "-2.00 us double n=3" in tune.line(result)
         assert tune.table([result]) == {"double": {"n=3": result["entry"]}}
+
+    def test_every_place_comes_with_its_candidates(self, monkeypatch):
+        monkeypatch.setattr(step_tiles, "compiling", lambda step, candidates, pool: [])
+        monkeypatch.setattr(model_tiles, "TOGETHER", 1)
+        found = step_tiles.Step(step)
+        with ThreadPoolExecutor(1) as pool:
+            pairs = dict(model_tiles.compiled(found, [PLACE, OTHER], 8, pool))
+        assert list(pairs) == [PLACE, OTHER] and pairs[PLACE] == found.candidates(PLACE, 8, 8)
+
+    def test_what_it_brought_is_printed(self, clock, capsys):
+        found = step_tiles.Step(step)
+        network = model_tiles.Network("step", step, torch.tensor(22.0))
+        timed = model_tiles.Timed(network, found, {}, 1e-3, None)
+        before = dict(found.tiles)
+        found.tiles[PLACE] = Tile(64, split=2)
+        model_tiles.gained(timed, before, lambda name, seconds: None, [])
+        assert "step: 100.0 us, now 98.0 us" in capsys.readouterr().out
 
     def test_what_hung_is_left_out_and_what_is_not_better_is_not_stored(self, clock):
         outcome, begun = self.measured(lost=["Tile(rows=64, split=2)"])
