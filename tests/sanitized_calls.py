@@ -6,13 +6,15 @@ value of every field. Inputs are drawn on the CPU and copied: torch launches no 
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields
 from functools import partial
 from itertools import product
 from typing import Any
 
+import sanitized_e4m3
 import sanitizer_witnesses
 import torch
+from sanitized_call import ALLOWED, ALLOWED_FP8, BF16, SanitizedCall, draw
 from torch import Tensor
 
 from mirage_hello import reference
@@ -33,49 +35,6 @@ from mirage_hello.kernels import (
     prompt_attention,
 )
 
-BF16 = torch.bfloat16
-# Error of a result against float64, relative in the norm: two roundings, and what fp8 costs.
-ALLOWED = {torch.float32: 2e-6, torch.float16: 2e-3, BF16: 1e-2, torch.uint8: 2e-3}
-ALLOWED_FP8 = 0.04  # as test_attention_fp8.py derives
-
-
-@dataclass(frozen=True)
-class SanitizedCall:
-    """`run(*args)` on a GPU, held against `truth(*args)` of the same inputs in float64."""
-
-    name: str
-    run: Callable[..., Tensor]
-    truth: Callable[..., Tensor]
-    args: tuple
-    allowed: float = ALLOWED[BF16]
-
-    def error(self, device: torch.device) -> float:
-        """Relative error of a run on `device`, which is synchronised before this returns."""
-        out = self.run(*(moved(a, device) for a in self.args)).cpu()
-        truth = self.truth(*(wide(a) for a in self.args)).double()
-        return ((out.double() - truth).norm() / truth.norm()).item()
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """On the device with the same strides: a slice of a fused projection stays a slice."""
-    if is_dataclass(value):
-        return replace(value, **{k: moved(v, device) for k, v in vars(value).items()})
-    if not isinstance(value, Tensor):
-        return value
-    if value._base is None:
-        return value.to(device)
-    there = value._base.to(device)
-    return there.as_strided(value.shape, value.stride(), value.storage_offset())
-
-
-def wide(value: Any) -> Any:
-    if is_dataclass(value):
-        return replace(value, **{k: wide(v) for k, v in vars(value).items()})
-    if isinstance(value, torch.dtype):
-        return torch.float64
-    is_float = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float16, BF16)
-    return value.double() if is_float else value
-
 
 def covering(choices: Iterable[Any], names: tuple[str, ...] = ()) -> list[Any]:
     """A few of the choices (dataclasses) with every value of every field, or of those named."""
@@ -89,11 +48,6 @@ def covering(choices: Iterable[Any], names: tuple[str, ...] = ()) -> list[Any]:
         missing -= values[best]
         found.append(best)
     return found
-
-
-def draw(*shape: int, scale: float = 1.0) -> Tensor:
-    values = (scale * torch.randn(shape)).to(BF16)
-    return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
 
 
 def samples(*names: str, backends: tuple[str, ...] = ("ptx", "cuda")) -> Iterator[SanitizedCall]:
@@ -352,6 +306,7 @@ FAMILIES: dict[str, tuple[Callable[..., Iterator[SanitizedCall]], ...]] = {
     "conv2d fused": (conv2d_normalising, conv2d_beside_a_shortcut),
     "group_norm apply": (given_sums,),
     "linear folded": (folded_linear,),
+    "e4m3": (sanitized_e4m3.convolutions, sanitized_e4m3.rows),
     "linear sm_90a": (lambda: samples("linear", "geglu", backends=("ptx",)), linear_hopper),
     "product sm_80": (
         lambda: samples("conv2d", "linear", "geglu", backends=("cuda",)),
