@@ -17,6 +17,7 @@ RESIDENT = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
 MAX_STAGES = {1: 20, 2: 12, 3: 12}
 RING = 12  # stages where a tile names none
 RINGS = (6, 8, 16, 20)  # that `mirage tune` tries beside it
+AHEAD_FROM = 20  # K blocks: with fewer the ring holds most of a tile's weights anyway
 SHORT_PATCHES = (6, 4)  # in flight, of tiles with a shortcut
 MULTIPROCESSORS = 132
 # Of the estimate, in clocks of an H200; fitted to 200 measured tiles (7 % mean error).
@@ -251,7 +252,7 @@ def fitting(
     batch: int, blocks: int, r: int, s: int, stride: int, unit: int, groups: int, fp8: bool,
     short: bool = False,
 ) -> tuple[Tile, ...]:  # fmt: skip
-    """The tiles that compute such a convolution, then the same with other rings."""
+    """The tiles that compute such a convolution, then the same with other rings and loads."""
     found = candidates(blocks, r, s, stride, patch=bool(groups))
     if groups or fp8:
         found = [t for t in found if t.block_n not in PLAIN_WIDTHS]
@@ -269,14 +270,15 @@ def fitting(
         found = [t for t in found if t.patch and not t.persistent]
         deep = [replace(t, patches=n) for n in SHORT_PATCHES for t in found]
         found = [t for t in deep if t.most_stages(n := t.share(blocks), r, s) >= min(6, n)]
-    others = (
+    others = [
         replace(t, stages=n)
         for t in found
         for n in RINGS
         if n <= min(t.room(r, s), t.share(blocks)) and n != t.most_stages(t.share(blocks), r, s)
-    )
-    # Where weights are most of what is read: they are read at once, by few tiles of pixels.
-    early = (replace(t, ahead=True) for t in found if not t.persistent and blocks >= 20)
+    ]
+    if blocks < AHEAD_FROM:
+        return (*found, *others)
+    early = [replace(t, ahead=True) for t in (*found, *others) if not t.persistent]
     return (*found, *early, *others)
 
 

@@ -19,6 +19,8 @@ from mirage_hello.kernels import (
     explain,
     forget_choices,
     group_norm_apply,
+    group_norm_launch,
+    group_norm_plan,
     linear_sm90a,
     ops,
     tuning,
@@ -328,6 +330,9 @@ def asked(op, key):
     numbers = {name: int(value) for name, value in (part.split("=") for part in key.split())}
     if op.startswith("conv2d"):
         return conv2d_tiles.choose_tile(**numbers, fp8="fp8" in op)
+    if op == "group_norm_trigger":
+        shape = group_norm_plan.Shape(channels_last=True, **numbers)
+        return group_norm_launch.trigger(shape, group_norm_plan.plan(shape))
     if op.startswith("group_norm_apply"):
         return group_norm_apply.choose_cut(**numbers, op=op)
     product = "geglu" if "geglu" in op else "linear"
@@ -337,6 +342,12 @@ def asked(op, key):
         del kinds["norm"]
         return linear_sm90a.choose_softmax_tile(*shape, numbers["width"], **kinds)
     return linear_sm90a.choose_tile(product, *shape, **kinds)
+
+
+@pytest.mark.parametrize("pixels", [64, 4096])
+def test_the_trigger_of_a_group_norm_is_asked(pixels):
+    key = f"images=1 channels=448 pixels={pixels} groups=32 x_channels=0 size=2"
+    assert asked("group_norm_trigger", key) == {64: "early", 4096: "late"}[pixels]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
