@@ -138,7 +138,7 @@ def set_of(of: Network, ways: Ways | None, scales: dict[str, float]) -> Callable
     return run
 
 
-def compile_all(steps: Iterable[Callable[[], Tensor]], device: str) -> None:
+def compile_all(steps: Iterable[Callable[[], object]], device: str) -> None:
     """Every kernel of the steps on every core, before the first of them runs alone."""
     if device != "cuda":
         return

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mirage_hello.bench.sweeps.frame_e4m3 import compile_all
 from mirage_hello.bench.sweeps.frame_growth import clip
 from mirage_hello.model import FrameStream, build, shipped
 from mirage_hello.model.data.city import HELD_OUT
@@ -55,6 +56,8 @@ def compared(
     """The stream's pictures in its own dtype, then in e4m3."""
     plain = [stream.push(frame) for frame in frames]
     scales = stream.use_fp8(frames[:CALIBRATED])
+    compile_all([lambda: stream.push_eagerly(frames[0])], stream.device.type)
+    stream.reset()
     rounded = [stream.push(frame) for frame in frames]
     result: dict[str, Any] = {"frames": len(frames), "scales": len(scales)}
     for i in (0, len(frames) - 1):
