@@ -73,6 +73,9 @@ def test_weights_results_and_card_are_published_together(made, package, capsys):
     assert record["bytes"] == (package / "weights" / "tiny.safetensors").stat().st_size
     assert [s["stage"] for s in record["training"]] == ["autoencoder", "video", "distill"]
     assert [s["steps"] for s in record["training"]] == [3, 8, 2]
+    assert publish.main([*words(made)[:4], "--began-with", str(shipped.FOLDER / "tiny.json")]) == 0
+    record = json.loads((package / "weights" / "tiny.json").read_text())
+    assert [s["stage"] for s in record["training"]] == 2 * ["autoencoder", "video", "distill"]
     results = package / "results" / "eval"
     assert not (results / "tiny-old.mp4").exists()
     assert {"tiny.json", "tiny.html", "tiny.png", "tiny-2-step.png"} <= {

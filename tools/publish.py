@@ -56,23 +56,32 @@ def stages(folder: Path, gpus: int) -> list[dict[str, Any]]:
         apart = last["step"] - first["step"]
         each = (last["elapsed_s"] - first["elapsed_s"]) / apart if apart else 0.0
         changed = {k: v for k, v in config.items() if usual.get(k) != v and k not in ASIDE}
+        # Where files lay on the machine that trained is nobody's business.
+        names = {k: Path(config[k]).name for k in ("autoencoder", "start", "video") if config.get(k)}
         found.append({
             "stage": name, "steps": steps, "seconds": round(each * steps, 1), "gpus": gpus,
             "batch": config["autoencoder_batch" if name == "autoencoder" else "batch"] * gpus,
-            "lr": config[RATES[name]], "changed": changed, "settings": config,
+            "lr": config[RATES[name]], "changed": changed, "settings": config | names,
         })  # fmt: skip
     return found
 
 
-def ship(checkpoint: Path, runs: Sequence[str]) -> Path:
-    """Put a checkpoint into the package in bfloat16, with its checksum and record."""
+def ship(checkpoint: Path, runs: Sequence[str], began_with: Path | None = None) -> Path:
+    """Put a checkpoint into the package in bfloat16, with its checksum and record.
+
+    Args:
+        began_with: the record (JSON) of the weights that the first run began with, which goes
+            before those of the runs.
+    """
     import torch
 
     from mirage_hello.model import shipped
     from mirage_hello.model.checkpoint import load, save
 
     record = [stage for run in runs for stage in stages(*folder_and_gpus(run))]
-    if not record:
+    if began_with is not None:
+        record = model_card.read(began_with).get("training", []) + record
+    if not runs:
         raise BadInput("publish: --checkpoint needs --run, the folders that trained it")
     try:
         denoiser, autoencoder = load(checkpoint, torch.bfloat16)
@@ -175,6 +184,10 @@ def main(argv: list[str] | None = None) -> int:
         "--run", nargs="+", default=[], metavar="FOLDER[:GPUS]",
         help="folders of the runs that trained it, in order, with config.json and metrics.jsonl",
     )  # fmt: skip
+    parser.add_argument(
+        "--began-with", type=Path, metavar="RECORD.json",
+        help="of the weights that the first of the runs began with (start=), as shipped with them",
+    )  # fmt: skip
     parser.add_argument("--eval", type=Path, help="its results, with the pictures beside them")
     parser.add_argument(
         "--pictures", type=int, nargs="?", const=60, metavar="FRAMES",
@@ -183,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.checkpoint:
-            print(ship(arguments.checkpoint, arguments.run))
+            print(ship(arguments.checkpoint, arguments.run, arguments.began_with))
         if arguments.eval:
             print(publish_results(arguments.eval))
         if arguments.pictures:
