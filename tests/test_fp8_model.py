@@ -12,18 +12,21 @@ from mirage_hello.model import FrameStream, fp8
 from mirage_hello.model.ways import Ways, going
 from mirage_hello.ptx import loader
 
-NEVER = Ways(e4m3_rows=False)
-SPLIT = Ways(e4m3_merges=False)
-RAW = Ways(e4m3_raw=True, shortcuts=True)
+MERGED = Ways(e4m3_raw=False)
+NEVER = Ways(e4m3_rows=False, e4m3_raw=False)
+SPLIT = Ways(e4m3_merges=False, e4m3_raw=False)
+RAW = Ways(e4m3_raw=True)
+FOLDED = Ways(e4m3_raw=True, shortcuts=True)
 
 
 @pytest.mark.parametrize(
     ("taken", "expected"),
     [
         # 4 transformers and 8 residual blocks; a merged product is a convolution.
-        (Ways(), {"group_norm_apply": 20, "linear": 8, "qkv": 4, "softmax": 4, "conv2d": 20}),
+        (MERGED, {"group_norm_apply": 20, "linear": 8, "qkv": 4, "softmax": 4, "conv2d": 20}),
         (SPLIT, {"group_norm_apply": 20, "linear": 12, "qkv": 4, "softmax": 4, "conv2d": 16}),
-        (RAW, {"group_norm_apply": 20, "linear": 8, "qkv": 4, "softmax": 4, "conv2d": 22}),
+        (RAW, {"group_norm_apply": 20, "linear": 8, "qkv": 4, "softmax": 4, "conv2d": 26}),
+        (FOLDED, {"group_norm_apply": 20, "linear": 8, "qkv": 4, "softmax": 4, "conv2d": 22}),
         (NEVER, {"group_norm_apply": 16, "linear": 4, "qkv": 0, "softmax": 0, "conv2d": 16}),
     ],
 )
@@ -79,7 +82,7 @@ def test_every_layer_that_can_is_calibrated() -> None:
         assert any(name.endswith(part) for name in found[1]), part
 
 
-@pytest.mark.parametrize("taken", [Ways(), RAW], ids=["products", "raw"])
+@pytest.mark.parametrize("taken", [MERGED, RAW, FOLDED], ids=["products", "raw", "folded"])
 def test_live_changes_in_e4m3(taken) -> None:
     """Prompt and deltas, in place: what a fresh stream with those scales computes, bit by bit."""
     with going(taken):
