@@ -18,6 +18,11 @@ def eight(*shape, device="cpu"):
     return page.quantise(draw(*shape, device=device), 0.01)
 
 
+def rounded(x, scale):
+    """As the kernel rounds, by the reciprocal: a quotient may fall on the other side of a tie."""
+    return page.quantise(x.float() * (1 / scale), 1.0)
+
+
 def copy_like(b, o, p, q, scale, device="cpu"):
     size = {"dtype": page.E4M3, "device": device}
     return torch.empty(b, o, p, q, **size, memory_format=torch.channels_last), scale
@@ -33,7 +38,7 @@ def test_emulated_copies(tile):
         copy = copy_like(1, 40, 9, 9, scale)
         out, left = page.conv2d_fp8(*args, unit=10, tile=tile, copy=copy)
         assert torch.equal(out, plain) and torch.equal(left, sums)
-        assert torch.equal(copy[0].float(), page.quantise(plain, scale).float())
+        assert torch.equal(copy[0].float(), rounded(plain, scale).float())
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"upsample": True}, {"window": 1}], ids=str)
@@ -45,7 +50,7 @@ def test_emulated_copies_of_other_sizes(options):
     copy = copy_like(2, 32, edge, edge, 0.02)
     args = (x, weight, 0.01, None, stride, window // 2, None, None, None, up)
     out, _ = page.conv2d_fp8(*args, tile=tile, copy=copy)
-    assert torch.equal(copy[0].float(), page.quantise(out, 0.02).float())
+    assert torch.equal(copy[0].float(), rounded(out, 0.02).float())
 
 
 @pytest.mark.parametrize("tile", [t for t in TILES if t.patch and not t.persistent], ids=str)
@@ -151,4 +156,4 @@ def test_random_shortcuts_and_copies_on_the_gpu(seed):
         given = (torch.cat(inputs, 1), page.Weight(short, weight.scales), 0.01, None, 1, 0)
         truth += page.conv2d_fp8_torch(*given)
         assert (out.double() - truth).norm() < 4e-3 * truth.norm(), (b, c, o, h, w, channels)
-        assert torch.equal(copy[0].float(), page.quantise(out, 0.05).float())
+        assert torch.equal(copy[0].float(), rounded(out, 0.05).float())
