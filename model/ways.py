@@ -55,7 +55,7 @@ class Ways:
     on_load: tuple[int, ...] = ()
     e4m3_rows: bool = True
     e4m3_merges: bool = True
-    e4m3_raw: bool = False
+    e4m3_raw: bool = True
 
 
 MEASURED = Ways()
