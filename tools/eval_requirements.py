@@ -64,8 +64,7 @@ def stable(name: str, model: dict[str, Any], frames: int) -> list[Check]:
         costs = -slope["low"] * LONG_FRAMES / 1000
         flat = slope["low"] <= 0 <= slope["high"] or costs < LOST_DB
         text = f"{slope['mean']:.3f} ({slope['low']:.3f} to {slope['high']:.3f})"
-    worst = max(model["contrast"], key=lambda k: model["contrast"][k]["mean"])
-    moved = model["contrast"][worst]["mean"]
+    worst, moved = largest_move(model)
     dead, ran = model["collapsed"], model["frames"]
     return [
         (f"{name}: {frames} frames in closed loop", str(ran), ran >= frames),
@@ -76,6 +75,13 @@ def stable(name: str, model: dict[str, Any], frames: int) -> list[Check]:
         (f"{name}: start-end contrast below {CONTRAST:.0%}", f"{worst} {moved:.2%}",
          moved < CONTRAST),
     ]  # fmt: skip
+
+
+def largest_move(model: dict[str, Any]) -> tuple[str, float]:
+    """The statistic of the output that moves most from start to end, and by which share."""
+    moves = {name: abs(found["output"]) for name, found in model["contrast"].items()}
+    worst = max(moves, key=lambda name: moves[name])
+    return worst, moves[worst]
 
 
 def fails(name: str, result: dict[str, Any]) -> list[Check]:

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from mirage_hello.tools.errors import BadInput
-from mirage_hello.tools.eval_requirements import unmeasured
+from mirage_hello.tools.eval_requirements import largest_move, unmeasured
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
@@ -76,12 +76,12 @@ def ranged(value: dict[str, Any] | None, digits: int) -> str:
 
 def quality_cells(name: str, model: dict[str, Any]) -> list[str]:
     """One candidate's numbers."""
-    worst = max(model["contrast"], key=lambda k: model["contrast"][k]["mean"])
+    worst, moved = largest_move(model)
     warp, memory = model["warp_error"], model.get("memory_db")
     return [
         name, str(model["steps"]), f"{model['frames']:,}", ranged(model["psnr_db"], 2),
         ranged(model["ssim"], 3), ranged(model["psnr_slope_db_per_1000"], 3),
-        f"{worst} {model['contrast'][worst]['mean']:.1%}",
+        f"{worst} {moved:.1%}",
         f"{warp['output']:.4f} ({warp['truth']:.4f})",
         ranged(model.get("cut_recovery_frames"), 1), ranged(model.get("persistence"), 2),
         ranged(model.get("recall"), 2),
