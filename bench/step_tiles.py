@@ -122,12 +122,11 @@ class Step:
 
 
 def _plain(tile: Any) -> Any:
-    """A tile without what the models of its time do not see: its ring and what it fetches ahead."""
+    """A tile without what the models of its time do not see: its ring."""
     if not dataclasses.is_dataclass(tile):
         return tile
     whole: Any = tile
-    unseen = {"stages": None, "ahead": False}
-    return dataclasses.replace(whole, **{k: v for k, v in unseen.items() if hasattr(tile, k)})
+    return dataclasses.replace(whole, stages=None) if hasattr(tile, "stages") else whole
 
 
 def _one_field_apart(a: Any, b: Any) -> bool:

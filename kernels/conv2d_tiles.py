@@ -17,7 +17,6 @@ RESIDENT = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
 MAX_STAGES = {1: 20, 2: 12, 3: 12}
 RING = 12  # stages where a tile names none
 RINGS = (6, 8, 16, 20)  # that `mirage tune` tries beside it
-AHEAD_FROM = 20  # K blocks: with fewer the ring holds most of a tile's weights anyway
 SHORT_PATCHES = (6, 4)  # in flight, of tiles with a shortcut
 MULTIPROCESSORS = 132
 # Of the estimate, in clocks of an H200; fitted to 200 measured tiles (7 % mean error).
@@ -42,8 +41,6 @@ class Tile:
         have one each; more where a shortcut takes a patch for every K block.
     promote: of e4m3 operands: K blocks whose products wgmma sums with its 14 bits before they are
         added in float32; 0: all.
-    ahead: the weights past the ring are fetched to the L2 as the block starts, which may be while
-        the kernel before still runs.
     quantises: a norm writes e4m3 patches beside the bfloat16 ones that were loaded.
     """
 
@@ -57,7 +54,6 @@ class Tile:
     patches: int = 2
     promote: int = 0
     quantises: bool = False
-    ahead: bool = False
 
     @property
     def patch_stages(self) -> int:
@@ -155,7 +151,6 @@ class Tile:
             "STAGES": self.stages,
             "BLOCKS_PER_SM": self.blocks_per_sm,
             "PERSISTENT": self.persistent,
-            "AHEAD": self.ahead,
             "BARS": self.layout(r, s)[0],
         }
 
@@ -252,7 +247,7 @@ def fitting(
     batch: int, blocks: int, r: int, s: int, stride: int, unit: int, groups: int, fp8: bool,
     short: bool = False,
 ) -> tuple[Tile, ...]:  # fmt: skip
-    """The tiles that compute such a convolution, then the same with other rings and loads."""
+    """The tiles that compute such a convolution, then the same with other rings."""
     found = candidates(blocks, r, s, stride, patch=bool(groups))
     if groups or fp8:
         found = [t for t in found if t.block_n not in PLAIN_WIDTHS]
@@ -276,10 +271,7 @@ def fitting(
         for n in RINGS
         if n <= min(t.room(r, s), t.share(blocks)) and n != t.most_stages(t.share(blocks), r, s)
     ]
-    if blocks < AHEAD_FROM:
-        return (*found, *others)
-    early = [replace(t, ahead=True) for t in (*found, *others) if not t.persistent]
-    return (*found, *early, *others)
+    return (*found, *others)
 
 
 def _normalises(tile: Tile, batch: int, blocks: int, r: int, s: int, groups: int) -> bool:

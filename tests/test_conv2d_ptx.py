@@ -22,7 +22,6 @@ TILES = [
     Tile(1, 32, blocks_per_sm=2, patch=True),
     replace(PATCH, persistent=True),
     Tile(2, 32, split=2),
-    Tile(2, 32, split=2, stages=2, ahead=True),
     Tile(1, 32, persistent=True),
 ]
 

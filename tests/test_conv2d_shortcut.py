@@ -18,7 +18,7 @@ CASES = [
     (Tile(2, 48, 2, patch=True), (72, 128, 40), 9, 11, 0),
     (Tile(2, 80, patch=True), (128, 200, 64), 16, 7, 10),
     (Tile(1, 64, 5, patch=True), (64, 192, 128), 8, 8, 10),
-    (Tile(1, 64, 2, patch=True, stages=3, ahead=True), (64, 192, 128), 8, 8, 0),
+    (Tile(1, 64, 2, patch=True, stages=3), (64, 192, 128), 8, 8, 0),
     (Tile(2, 80, 2, patch=True, patches=6), (64, 320, 192), 16, 8, 10),
     (Tile(3, 64, 3, patch=True), (64, 320, 192), 17, 8, 0),
     (Tile(1, 40, 2, blocks_per_sm=2, patch=True), (32, 8, 24), 5, 5, 0),

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,20 +77,10 @@ def whole_ways(step: step_tiles.Step, pool: Any) -> dict[str, float]:
         with going(Ways(**change)):
             step.with_tiles({})
             graphs[name] = step.captured({}, pool)
-    for rows in (" p=8 ", " p=16 ", " p=32 ", " p="):
-        ahead = {p: t for p, t in weights_ahead(step).items() if rows in p[1]}
-        step.with_tiles(ahead)
-        graphs[f"weights ahead,{rows}"] = step.captured(ahead, pool)
     times = step_tiles.replays_us(graphs, 40)
     now = times.pop("now")
     found = {n: statistics.median(map(float.__sub__, t, now)) for n, t in times.items()}
     return {"now": statistics.median(now), **found}
-
-
-def weights_ahead(step: step_tiles.Step) -> step_tiles.Tiles:
-    """Convolutions that could fetch their weights to the L2 as they start, doing so."""
-    wide = {p: replace(t, ahead=True) for p, t in step.tiles.items() if p[0] == "conv2d"}
-    return {p: t for p, t in wide.items() if t in step.requests[p].candidates()}
 
 
 def right(
