@@ -58,6 +58,19 @@ class EvalConfig:
     history_noise: float = 0.02
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("seeds", "supersample", "every", "cut_frames", "cut_run"), 1)
+        # Motion and warp error are of two frames, so one frame measures nothing.
+        least |= dict.fromkeys(("given", "burn_in", "history_noise", "seconds"), 0)
+        least |= {"frames": 2, "size": 8}
+        for name, smallest in least.items():
+            if not getattr(self, name) >= smallest:  # also where it is not a number
+                raise ValueError(
+                    f"evaluation: {name} must be at least {smallest} (got {getattr(self, name)})"
+                )
+        if self.size % 8:
+            raise ValueError(f"evaluation: size must be a multiple of 8 (got {self.size})")
+
 
 @dataclass
 class Candidate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING, Any
 
 from mirage_hello.tools.errors import BadInput, unknown_name
@@ -42,6 +43,17 @@ def add_parser(subparsers: Any, name: str, summary: str, examples: str) -> argpa
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+
+
+def seconds(text: str) -> float:
+    """A duration of an argument, for argparse: positive and finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"seconds must be positive and finite (got {text})")
+    return value
 
 
 def device(name: str | None) -> torch.device:

@@ -17,6 +17,7 @@ from mirage_hello.bench.supervisor import run_groups
 from mirage_hello.bench.worker import CASES, GROUPS, MODEL_OPS, cases
 from mirage_hello.kernels import backends
 from mirage_hello.model import PRESETS
+from mirage_hello.tools.arguments import seconds
 from mirage_hello.tools.errors import BadInput, unknown_name
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -53,14 +54,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     add("--quick", action="store_true", help="a few cases of each op, fewer samples")
     add("--cold", action="store_true", help="also with the L2 flushed, and with rotating weights")
     add("--out", type=Path, help="file or folder (default: bench/results/<gpu>/<date>-<commit>)")
-    add("--budget-seconds", type=float, help="begin nothing new after this; keep what is measured")
+    add("--budget-seconds", type=seconds, help="begin nothing new after this; keep the rest")
     add("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     add("--preset", help="model of unet_step and frame (default: 880m on a GPU, else tiny)")
     add("--size", help="WIDTHxHEIGHT of the model's frames (default: 512x512; CPU 64x64)")
     add("--steps", default="1,4", help="denoising steps of the frame rows (default: 1,4)")
     add("--frames", type=int, help="frames of each frame row (default: 1000; quick or CPU: 30)")
     add("--clip", type=Path, help="the video whose frames are pushed (default: the shipped clip)")
-    add("--compile-seconds", type=float, default=240.0, help="most that torch.compile may take")
+    add("--compile-seconds", type=seconds, default=240.0, help="most that torch.compile may take")
     add("--commit", help="what to record where the sources are not a git checkout")
     add("--no-warm", action="store_true", help="do not compile first, in several processes")
     add("--save-choices", action="store_true", help="let `auto` follow these times on this GPU")

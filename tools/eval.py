@@ -73,6 +73,11 @@ def run(args: argparse.Namespace) -> int:
     if args.page:
         print(eval_page.write(args.page))
         return 0
+    if args.out.exists() and not args.out.is_dir():
+        raise BadInput(f"--out: {args.out} is a file; name a folder")
+    if min(args.steps) < 1 or args.teacher_steps < 1:
+        steps = f"{' '.join(map(str, args.steps))} and {args.teacher_steps}"
+        raise BadInput(f"--steps, --teacher-steps: at least 1 (got {steps})")
     try:
         result = join(args.join, args.name) if args.join else evaluate(args)
     except (ValueError, FileNotFoundError) as error:
@@ -107,7 +112,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         frames=args.frames, seeds=args.seeds, styles=tuple(args.styles or STYLES), size=args.size,
         supersample=args.supersample, every=args.every, cut_run=args.cut_frames,
         history_noise=args.history_noise, seconds=args.seconds,
-        burn_in=min(args.burn_in, args.frames // 4),
+        burn_in=min(args.burn_in, max(0, args.frames) // 4),
     )  # fmt: skip
     known = candidates(args, device)
     chosen = only(known, args.only)

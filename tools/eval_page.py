@@ -49,9 +49,9 @@ def read(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text())
     except FileNotFoundError:
         raise BadInput(f"--page: no file {path}; run `mirage eval` first") from None
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"--page: {path} is not JSON ({error})") from error
-    if result.get("format") not in FORMATS:
+    if not isinstance(result, dict) or result.get("format") not in FORMATS:
         raise BadInput(f"--page: {path} is not a result of `mirage eval`")
     return result
 

@@ -57,7 +57,8 @@ def stages(folder: Path, gpus: int) -> list[dict[str, Any]]:
         each = (last["elapsed_s"] - first["elapsed_s"]) / apart if apart else 0.0
         changed = {k: v for k, v in config.items() if usual.get(k) != v and k not in ASIDE}
         # Where files lay on the machine that trained is nobody's business.
-        names = {k: Path(config[k]).name for k in ("autoencoder", "start", "video") if config.get(k)}
+        files = ("autoencoder", "start", "video")
+        names = {k: Path(config[k]).name for k in files if config.get(k)}
         found.append({
             "stage": name, "steps": steps, "seconds": round(each * steps, 1), "gpus": gpus,
             "batch": config["autoencoder_batch" if name == "autoencoder" else "batch"] * gpus,

@@ -35,7 +35,11 @@ def add_parser(subparsers: Any) -> None:
     add("--model", metavar="PRESET", help="the shapes of this model in place of the benchmark's")
     add("--size", default="512x512", help="WIDTHxHEIGHT of the model's frames (default: 512x512)")
     add("--count", type=int, default=8, help="candidates timed of each shape (default: 8)")
-    add("--budget-seconds", type=float, help="begin nothing new after this; keep what is measured")
+    add(
+        "--budget-seconds",
+        type=arguments.seconds,
+        help="begin nothing new after this; keep the rest",
+    )
     add("--out", type=Path, help="keep every time in this .json file as well")
     add("--ship", action="store_true", help="write kernels/choices/<card>-tiles.json, which ships")
     add("--commit", help="what to record where the sources are not a git checkout")
