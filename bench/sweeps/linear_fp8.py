@@ -62,17 +62,20 @@ def draw(*shape: int, scale: float = 1.0) -> Tensor:
 
 @dataclass
 class Rows:
-    """The residual stream of a transformer: rows, their sums with a copy in e4m3, its scale."""
+    """The residual stream of a transformer: rows, their sums, a copy in e4m3, its scale."""
 
     rows: Tensor
     sums: gemm.RowSums
+    copy: Tensor
     scale: float
 
 
 def stream(m: int, c: int) -> Rows:
     scale = 6.0 / linear_fp8.LARGEST
     x, weight = draw(m, c), torch.eye(c, device="cuda", dtype=torch.bfloat16)
-    return Rows(*gemm.linear_summed(x, weight, copy_scale=scale), scale)
+    rows, sums = gemm.linear_summed(x, weight, copy_scale=scale)
+    assert sums.copy is not None
+    return Rows(rows, sums, sums.copy, scale)
 
 
 def folded_layer(n: int, c: int) -> layer_norm_linear.FoldedLinear:
@@ -114,7 +117,7 @@ def copied_row(m: int, c: int) -> Row:
 def normed_row(op: str, m: int, c: int, n: int) -> Row:
     of, layer = stream(m, c), folded_layer(n, c)
     eight = linear_fp8.fold(layer, of.scale)
-    truth = linear_fp8.layer_norm_linear_fp8_torch(of.rows, of.sums.copy, eight)
+    truth = linear_fp8.layer_norm_linear_fp8_torch(of.rows, of.copy, eight)
     out_scale = None
     if op == "geglu":
         h, gate = truth.chunk(2, -1)
@@ -125,7 +128,7 @@ def normed_row(op: str, m: int, c: int, n: int) -> Row:
     given = (eight.columns, None, 1e-5)
 
     def run(w: Tensor, tile: Any = None) -> Tensor:
-        return gemm.normed(op, of.sums.copy, w, *given, tile, out_scale, of.sums, eight.factor)
+        return gemm.normed(op, of.copy, w, *given, tile, out_scale, of.sums, eight.factor)
 
     return Row(
         f"{'gate' if op == 'geglu' else 'q, k, v'} {m}x{c}x{n}",
@@ -145,13 +148,13 @@ def scores_row(m: int, c: int, heads: int = 8) -> Row:
     weights = draw(c, c, scale=c**-0.5), draw(77, 2 * c), draw(c, c, scale=c**-0.5)
     prompt = prompt_attention.fold(draw(c), draw(c), *weights, heads)
     eight = prompt_attention.quantise(prompt, of.scale, None)
-    scores = linear_fp8.layer_norm_linear_fp8_torch(of.rows, of.sums.copy, eight.scores)
+    scores = linear_fp8.layer_norm_linear_fp8_torch(of.rows, of.copy, eight.scores)
     truth = torch.softmax(scores.unflatten(-1, (heads, -1)) * 0.6931471805599453, -1)
     width, columns, factor = prompt.width, eight.scores.columns, eight.scores.factor
 
     def run(w: Tensor, tile: Any = None) -> Tensor:
         given = (width, 1e-5, of.sums, tile, factor, prompt_attention.P_SCALE)
-        return gemm.softmaxed(of.sums.copy, w, columns, *given)
+        return gemm.softmaxed(of.copy, w, columns, *given)
 
     return Row(
         f"scores {m}x{c}x{heads * width}",
