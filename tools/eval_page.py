@@ -86,7 +86,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             draw_panel(axis, key, lines)
         row_axes[0].set_ylabel(label, fontsize=8)
     axes[-1, 0].set_xlim(0, OPENING)
-    axes[0, 1].legend(fontsize=7, ncol=4)
+    for row in (0, list(dict(PANELS)).index("warp")):  # grey is something else below the first
+        axes[row, 1].legend(fontsize=7, ncol=4)
     for axis in axes[-1]:
         axis.set_xlabel("frame")
     figure.tight_layout()
