@@ -81,9 +81,7 @@ def test_robust_where_the_mean_is_far_above_the_spread(dtype, device):
         assert_right(*problem(shape, dtype, device, silu=False, mean=1000.0, std=std))
 
 
-@pytest.mark.parametrize(
-    "cut", [Cut(8, 128, 1, 2), Cut(16, 192, 5), Cut(32, 256, 8)], ids=str
-)
+@pytest.mark.parametrize("cut", [Cut(8, 128, 1, 2), Cut(16, 192, 5), Cut(32, 256, 8)], ids=str)
 def test_every_cut_computes_the_same(cut, device):
     args = problem(SHAPES[1], torch.bfloat16, device)
     assert torch.equal(group_norm_apply(*args, cut=cut), group_norm_apply(*args))
