@@ -50,7 +50,9 @@ def run_groups(
     if budget_seconds is not None:
         options = dataclasses.replace(options, deadline=started + budget_seconds)
     run = run_file.new_run(options.device, commit)
-    run["meta"] |= {"quick": options.quick, "seconds": {}, "command": sys.argv[1:]}
+    # Results are published: what a file was called says enough, not where it lay.
+    command = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+    run["meta"] |= {"quick": options.quick, "seconds": {}, "command": command}
     wanted = [g for g in (*GROUPS, MODEL_TILES) if g in groups]
     if options.warm:
         left = options.deadline - started
