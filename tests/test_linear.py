@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from mirage_hello.kernels import ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# leading dimensions of x, N, K
-SIZES = [((1,), 1, 1), ((77,), 33, 129), ((129,), 127, 40), ((2, 3, 5), 70, 64), ((), 9, 100)]
+# leading dimensions of x, N, K; a vector has many outputs, or the luck of a few roundings decides
+SIZES = [((1,), 1, 1), ((77,), 33, 129), ((129,), 127, 40), ((2, 3, 5), 70, 64), ((), 301, 100)]
 
 
 def draw(device, dtype, *shape, scale=1.0):
