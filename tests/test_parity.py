@@ -18,6 +18,7 @@ def as_kernel(op: str, run) -> Kernel:
 @pytest.mark.parametrize("wrong", wrong_kernels.ALL, ids=lambda f: f.__name__)
 def test_wrong_kernels_fail(wrong, dtype, device):
     x = torch.randn(3, 1000, device=device).to(dtype)
+    x[-1, -1] = 1  # silu of a value near 0 may be left out unseen, and rightly
     result = parity.compare("silu", as_kernel("silu", wrong), (x,))
     assert not result.passed, f"{wrong.__name__} passed: {result}"
 
