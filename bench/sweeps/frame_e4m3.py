@@ -24,12 +24,9 @@ from torch import Tensor
 from mirage_hello.bench import frame_profile, harness
 from mirage_hello.bench.sweeps import frame_tiles
 from mirage_hello.bench.tune import unlaunched
-from mirage_hello.kernels import use
-from mirage_hello.kernels.parity import exact_float32
-from mirage_hello.model import build, fp8
+from mirage_hello.model import fp8
 from mirage_hello.model.ways import Ways, going
 
-PRESET, SIZE, DTYPE = "880m", 64, torch.bfloat16
 EFFORT = harness.Effort(rounds=24, sample_us=2000.0)
 # What multiplies in e4m3, each with all above it.
 SETS = {
@@ -42,8 +39,8 @@ SETS = {
 }
 # Against the tiles' step (`Ways()`).
 WAYS = {
-    "shortcuts, down, up": {"e4m3_raw": True},
-    "the same, shortcuts folded": {"e4m3_raw": True, "shortcuts": True},
+    "shortcuts, down, up in bfloat16": {"e4m3_raw": False},
+    "shortcuts folded": {"shortcuts": True},
     "no merged products": {"e4m3_merges": False},
 }
 
@@ -77,27 +74,9 @@ class Network:
 
 
 @torch.no_grad()
-def network(device: str = "cuda") -> Network:
-    truth_unet = build(PRESET, 0, torch.float32, device)[0].unet
-    config = truth_unet.config
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    x = draw(1, config.in_channels, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
-    level, context = draw(1), draw(1, config.context_tokens, config.context_dim)
-    with use("torch"), exact_float32():
-        truth = truth_unet(x, level, context).double()
-    del truth_unet
-    unet = build(PRESET, 0, DTYPE, device)[0].unet
-    return Network(unet, x.to(DTYPE), level, context.to(DTYPE), truth)
-
-
-@torch.no_grad()
 def compare(out: Path, device: str = "cuda") -> int:
     started = time.perf_counter()
-    of = network(device)
+    of = Network(*frame_tiles.drawn(device))
     scales = of.calibrated()
     print(f"{len(scales)} layers calibrated, {time.perf_counter() - started:.0f} s", flush=True)
     made = {name: set_of(of, ways, scales) for name, ways in SETS.items()}
@@ -166,7 +145,7 @@ def profiled(step: Callable[[], Tensor]) -> dict[str, Any]:
 @torch.no_grad()
 def in_e4m3(device: str = "cuda") -> tuple[Callable[[], Tensor], Callable[[Tensor], str | None]]:
     """frame_tiles.network in e4m3: 1.1 times the error of the tiles in use is allowed."""
-    of = network(device)
+    of = Network(*frame_tiles.drawn(device))
     step = of.step(of.calibrated())
     allowed = 1.1 * of.error(step())
 

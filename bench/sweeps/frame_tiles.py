@@ -38,8 +38,8 @@ PRESET, SIZE, RESTARTS = "880m", 64, 3  # of the latents of 512 x 512 pixels
 GRACE_S = 20  # of a process past its time
 
 
-def network(device: str = "cuda") -> tuple[Callable[[], Tensor], Callable[[Tensor], str | None]]:
-    """The step with prepared conditions, and what is wrong with an output of it."""
+def drawn(device: str = "cuda") -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
+    """The U-Net in bfloat16; what it is given: x, level, context; and its output in float32."""
     truth_unet = build(PRESET, 0, torch.float32, device)[0].unet
     config = truth_unet.config
     generator = torch.Generator(device).manual_seed(0)
@@ -53,7 +53,12 @@ def network(device: str = "cuda") -> tuple[Callable[[], Tensor], Callable[[Tenso
         truth = truth_unet(x, level, context).double()
     del truth_unet
     unet = build(PRESET, 0, torch.bfloat16, device)[0].unet
-    x, context = x.bfloat16(), context.bfloat16()
+    return unet, x.bfloat16(), level, context.bfloat16(), truth
+
+
+def network(device: str = "cuda") -> tuple[Callable[[], Tensor], Callable[[Tensor], str | None]]:
+    """The step with prepared conditions, and what is wrong with an output of it."""
+    unet, x, level, context, truth = drawn(device)
 
     def error(y: Tensor) -> float:
         return ((y.double() - truth).norm() / truth.norm()).item()
