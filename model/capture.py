@@ -60,6 +60,15 @@ class Captured:
         graph.replay()
         return {k: v.clone() for k, v in metrics.items()}, batch
 
+    def release(self) -> None:
+        """Let the graphs go; the next call of each kind captures it anew."""
+        if self.graphs:
+            torch.cuda.synchronize()
+        for graph, _, _ in self.graphs.values():
+            graph.reset()
+        self.graphs.clear()
+        self.memory = None
+
     def aside(self, body: Body) -> tuple[Tensors, Tensors]:
         """An ordinary call on the stream of the captures."""
         assert self.stream is not None

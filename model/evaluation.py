@@ -212,6 +212,7 @@ class Evaluation:
             if truth and without:  # what is not remembered needs no frames before it
                 drawn = quantised(without.push(shot.view))
                 truth["psnr_without"] = metrics.psnr(drawn, shot.target)
+                truth["edges_without"] = metrics.edge_correlation(drawn, shot.target)
             for i, candidate in enumerate(candidates):
                 if measured and before is not None and number < ends[i]:
                     row = measure(now[i], shot, outputs[i], before)
@@ -272,6 +273,7 @@ class Evaluation:
 def measure(output: Tensor, shot: Shot, output_before: Tensor, before: Shot) -> dict[str, Tensor]:
     """All measures of one frame of a candidate, each [B]."""
     row = {"psnr": metrics.psnr(output, shot.target), "ssim": metrics.ssim(output, shot.target)}
+    row["edges"] = metrics.edge_correlation(output, shot.target)
     visible = metrics.visible_before(shot.motion, before.depth, shot.previous_depth)
     row["warp"] = metrics.warp_error(output, output_before, shot.motion, visible)
     for name, value in metrics.statistics(output, output_before).items():

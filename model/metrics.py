@@ -17,6 +17,7 @@ from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # Wang et al. 2004, for a range of length 1
+BLOCK = 4  # pixels a side, of the blocks whose edges are compared
 DEPTH_TOLERANCE = 0.05  # relative: a point whose depth changed by more was hidden
 # Two-sided 95 % points of Student's t for 1 to 30 degrees of freedom (any statistics table).
 STUDENT = (
@@ -58,6 +59,25 @@ def ssim(frames: Tensor, truth: Tensor) -> Tensor:
     top = (2 * mean_a * mean_b + SSIM_C1) * (2 * covariance + SSIM_C2)
     bottom = (mean_a**2 + mean_b**2 + SSIM_C1) * (var_a + var_b + SSIM_C2)
     return (top / bottom).mean((1, 2, 3))
+
+
+def edge_correlation(frames: Tensor, truth: Tensor) -> Tensor:
+    """Pearson correlation, over a frame, of the sizes of both lumas' gradients.
+
+    Of means over BLOCK x BLOCK pixels, so that textures do not count: 1 where both have their edges
+    in the same places, 0 where a scene has dissolved, or where a frame has no edge. A dissolved
+    picture may keep its colours, its contrast, and a PSNR near that of any blur.
+    """
+
+    def gradients(x: Tensor) -> Tensor:
+        x = F.avg_pool2d(luma(x), BLOCK)
+        across = x[..., :-1, 1:] - x[..., :-1, :-1]
+        down = x[..., 1:, :-1] - x[..., :-1, :-1]
+        size = (across.square() + down.square()).sqrt().flatten(1)
+        return size - size.mean(1, keepdim=True)
+
+    a, b = gradients(frames), gradients(truth)
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-8)
 
 
 def statistics(frames: Tensor, previous: Tensor) -> dict[str, Tensor]:

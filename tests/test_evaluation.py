@@ -85,7 +85,8 @@ def test_a_drifting_model_is_caught(monkeypatch):
 COLLAPSES = {
     "saturation": lambda truth, n: truth.mean(1, keepdim=True).expand_as(truth),
     "contrast": lambda truth, n: truth * 0.2 + truth.mean((2, 3), keepdim=True) * 0.8,
-    "without a memory": lambda truth, n: -truth,
+    "dB, without a memory": lambda truth, n: -truth,
+    "edges": lambda truth, n: truth.flip(3),  # all statistics are right, and the scene is gone
 }
 
 

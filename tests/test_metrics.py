@@ -31,6 +31,22 @@ def test_ssim_formula_on_constant_pictures():
     assert metrics.ssim(a, b).item() == pytest.approx(expected, abs=1e-4)
 
 
+def test_edge_correlation_follows_edges_and_not_colours_or_textures(seed):
+    torch.manual_seed(seed)
+    a = torch.full((1, 3, 64, 64), -0.5)
+    a[..., 16:40, 12:52] = 0.4
+    a[..., 28:36, 20:32] = 0.8
+    texture = 0.3 * (torch.rand(1, 3, 64, 64) - 0.5)
+    tint = torch.tensor([0.2, -0.1, 0.3]).view(3, 1, 1)
+    assert metrics.edge_correlation(a, a).item() == pytest.approx(1.0, abs=1e-5)
+    assert metrics.edge_correlation(-0.5 * a + tint, a).item() > 0.95
+    assert metrics.edge_correlation(a + texture, a).item() > 0.8
+    moved = metrics.edge_correlation(a.roll((30, 30), (2, 3)), a).item()
+    assert abs(moved) < 0.3
+    assert abs(metrics.edge_correlation(texture, a).item()) < 0.3
+    assert metrics.edge_correlation(torch.zeros_like(a), a).item() == 0
+
+
 def test_statistics_move_the_way_they_are_named(seed):
     torch.manual_seed(seed)
     a = (torch.rand(1, 3, 32, 32) - 0.5) * 1.2

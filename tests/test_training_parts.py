@@ -1,6 +1,7 @@
 """Parts of training that a whole run does not show: bfloat16 weights, bytes for moments, sheets."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mirage_hello.model.training import state as states
 from mirage_hello.model.training.config import changed
 from mirage_hello.model.training.journal import read as read_metrics
 from mirage_hello.model.training.optimise import Optimiser
+from mirage_hello.model.training.parallel import Workers
 from mirage_hello.model.training.place import Place
 from mirage_hello.model.training.samples import sheet, write_decoded
 
@@ -84,6 +86,22 @@ def test_bodies_are_called_where_there_are_no_graphs():
         metrics, batch = run(number % 2, lambda n=number: (calls.append(n), ({"n": n}, {}))[1])
         assert metrics == {"n": number} and batch == {}
     assert calls == list(range(7))
+
+
+def test_graphs_go_before_their_group(monkeypatch):
+    """NCCL's communicators wait in their end for graphs that hold their collectives."""
+    workers = Workers(preset("smoke"), "cpu")
+    run = workers.graphs(torch.Generator(), True)
+    order = []
+    run.graphs["step"] = (SimpleNamespace(reset=lambda: order.append("graph")), {}, {})
+    monkeypatch.setattr(workers, "ranks", 2)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: order.append("group"))
+    workers.close()
+    assert order == ["wait", "graph", "group"] and not run.graphs
+    del run
+    assert not workers.captured  # a stage that is over keeps no memory
 
 
 def test_the_ray_kernel_is_refused_with_its_reason():

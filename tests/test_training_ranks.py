@@ -42,6 +42,24 @@ def test_two_processes_train_together(tmp_path, parallel, precision):
         train(config, tmp_path, options)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("parallel", "precision"), [("ddp", "bf16"), ("fsdp", "bf16")])
+def test_two_gpus_train_together_and_end(tmp_path, parallel, precision):
+    """The steps of replicas are graphs with NCCL's sums inside, which must go before its group."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    config = quick(
+        autoencoder_steps=14, video_steps=14, distill_steps=12, parallel=parallel,
+        precision=precision, size=32, clip_frames=6,
+    )  # fmt: skip
+    codes, texts = start(config, tmp_path, Options(quiet=True), ranks=2).finish()
+    assert codes == [0, 0], texts
+    curve = losses(tmp_path)
+    assert len(curve) == 14 + 14 + 12 and all(math.isfinite(v) for v in curve.values())
+    denoiser, _ = checkpoint.load(tmp_path / "model.safetensors")
+    assert all(torch.isfinite(p).all() for p in denoiser.parameters())
+
+
 def test_replicas_in_half_precision_step_as_one_with_the_mean_gradient(tmp_path):
     config = quick(precision="bf16", warmup=1, ema=0.5)
     context = multiprocessing.get_context("forkserver")

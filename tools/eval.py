@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mirage_hello.tools import eval_page
 from mirage_hello.tools.arguments import add_device
 from mirage_hello.tools.arguments import add_parser as add
 from mirage_hello.tools.errors import BadInput
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from mirage_hello.model.evaluation import Candidate, EvalConfig
 
-FORMAT = "mirage-eval-2"
 EXAMPLES = """\
   mirage eval                                               the shipped model, 1000 frames
   mirage eval --checkpoint run/model.safetensors --steps 1 2 8
@@ -68,8 +68,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate; 0 when every requirement holds, 1 when one does not."""
-    from mirage_hello.tools import eval_page
-
     if args.page:
         print(eval_page.write(args.page))
         return 0
@@ -143,7 +141,7 @@ def about(args: argparse.Namespace, config: EvalConfig, device: torch.device) ->
     import torch
 
     return {
-        "format": FORMAT, "name": args.name, "date": time.strftime("%Y-%m-%d"),
+        "format": eval_page.FORMAT, "name": args.name, "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__, "size": args.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "styles": list(config.styles), "seeds": args.seeds,

@@ -9,18 +9,23 @@ from typing import Any
 
 from mirage_hello.tools.errors import BadInput
 
-FORMATS = ("mirage-eval-1", "mirage-eval-2")  # the first divided `contrast` by the truth's value
+FORMAT = "mirage-eval-3"
 PANELS = (
     ("psnr", "PSNR against truth (dB)"),
     ("ssim", "SSIM against truth"),
+    ("edges", "edges where the truth's are"),
     ("warp", "warp error (flicker)"),
     ("output_saturation", "saturation"),
     ("output_contrast", "contrast"),
     ("output_brightness", "brightness"),
 )
 OPENING = 200  # frames of the left column, where a weak memory falls
-GREY = {"psnr": "psnr_without", "warp": "warp_truth"}  # what is drawn in grey, if not truth_...
-GREY_LABELS = {"psnr_without": "without a memory"}
+GREY = {
+    "psnr": "psnr_without",
+    "edges": "edges_without",
+    "warp": "warp_truth",
+}  # what is drawn in grey, if not truth_...
+GREY_LABELS = {"psnr_without": "without a memory", "edges_without": "without a memory"}
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")
 SHOWN = (
     ("clip", "The long run"),
@@ -51,8 +56,12 @@ def read(path: Path) -> dict[str, Any]:
         raise BadInput(f"--page: no file {path}; run `mirage eval` first") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"--page: {path} is not JSON ({error})") from error
-    if not isinstance(result, dict) or result.get("format") not in FORMATS:
-        raise BadInput(f"--page: {path} is not a result of `mirage eval`")
+    found = result.get("format") if isinstance(result, dict) else None
+    if found != FORMAT:
+        raise BadInput(
+            f"--page: {path} is not a result of `mirage eval` as this version writes it (format "
+            f"{found!r}, expected {FORMAT!r}); measure again"
+        )
     return result
 
 
@@ -86,7 +95,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             draw_panel(axis, key, lines)
         row_axes[0].set_ylabel(label, fontsize=8)
     axes[-1, 0].set_xlim(0, OPENING)
-    for row in (0, list(dict(PANELS)).index("warp")):  # grey is something else below the first
+    for row in (0, list(dict(PANELS)).index("warp")):  # from there on grey is the truth
         axes[row, 1].legend(fontsize=7, ncol=4)
     for axis in axes[-1]:
         axis.set_xlabel("frame")

@@ -18,8 +18,10 @@ def requirements(result: dict[str, Any]) -> list[dict[str, Any]]:
     """All checks of what was measured, as {"text", "value", "passed"}; see `unmeasured`."""
     models, ablations = result["models"], result["ablations"]
     checks: list[Check] = []
+    asked = result.get("settings", {}).get("frames", 0)
     for name, model in models.items():
-        checks += stable(name, model, asked(result, name))
+        if not name.startswith("teacher"):  # it streams nowhere: it is what students are held to
+            checks += stable(name, model, asked)
     checks += [check for name in ablations for check in fails(name, result)]
     teacher = teacher_of(result)
     for name, most in BELOW_TEACHER_DB.items():
@@ -38,12 +40,6 @@ def unmeasured(result: dict[str, Any]) -> list[str]:
     if result.get("settings", {}).get("frames", 0) < LONG_FRAMES:
         wanted.append(f"{LONG_FRAMES} frames")
     return wanted
-
-
-def asked(result: dict[str, Any], name: str) -> int:
-    """Frames that the long run of a candidate was to have."""
-    frames = result.get("settings", {}).get("frames", 0)
-    return min(frames, TEACHER_FRAMES) if name.startswith("teacher") else frames
 
 
 def teacher_of(result: dict[str, Any]) -> dict[str, Any] | None:

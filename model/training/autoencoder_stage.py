@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirage_hello.model.autoencoder import FACTOR, Autoencoder
-from mirage_hello.model.capture import Captured
 from mirage_hello.model.training.config import TrainConfig
 from mirage_hello.model.training.optimise import Optimiser, autocast, in_half
 from mirage_hello.model.training.parallel import Workers
@@ -118,8 +117,8 @@ class AutoencoderStage:
         )
         self.pool = FramePool(config, workers.device, workers.rank, workers.ranks)
         self.generator = workers.generator(config.seed, 1)
-        self.captured = Captured(
-            workers.device, self.generator, config.graphs and (workers.ranks == 1 or self.half)
+        self.captured = workers.graphs(
+            self.generator, config.graphs and (workers.ranks == 1 or self.half)
         )
         self.batch: dict[str, Tensor] = {}
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mirage_hello.model.autoencoder import Autoencoder
-from mirage_hello.model.capture import Captured
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.training.config import TrainConfig
 from mirage_hello.model.training.parallel import Workers
@@ -38,8 +37,8 @@ class DistillStage(VideoStage):
         self.steps = config.distill_steps
         self.optimiser.lr = config.distill_lr
         self.generator = workers.generator(config.seed, 3)
-        self.captured = Captured(
-            workers.device, self.generator, config.graphs and (workers.ranks == 1 or self.half)
+        self.captured = workers.graphs(
+            self.generator, config.graphs and (workers.ranks == 1 or self.half)
         )
         if self.half:
             teacher.bfloat16()

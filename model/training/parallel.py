@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mirage_hello.model.capture import Captured
 from mirage_hello.model.training.config import TrainConfig
 
 
@@ -21,6 +23,7 @@ class Workers:
     """
 
     def __init__(self, config: TrainConfig, device: str | None = None) -> None:
+        self.captured: weakref.WeakSet[Captured] = weakref.WeakSet()  # a stage ends with its graphs
         self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -46,6 +49,12 @@ class Workers:
         """A generator of this rank and stage, on the device."""
         key = (seed * 1_000_003 + self.rank * 8191 + stage * 127 + 11) % (1 << 62)
         return torch.Generator(self.device).manual_seed(key)
+
+    def graphs(self, generator: torch.Generator, enabled: bool) -> Captured:
+        """The graphs of a stage's steps, which `close` lets go."""
+        made = Captured(self.device, generator, enabled)
+        self.captured.add(made)
+        return made
 
     def wrap(self, module: nn.Module, parallel: str) -> nn.Module:
         """DDP (replicas, averaged gradients) or FSDP2 (parameters sharded over the ranks)."""
@@ -90,6 +99,9 @@ class Workers:
         return float(shared)
 
     def close(self) -> None:
+        """Leave the group. NCCL waits for ever for graphs that hold its collectives: they first."""
+        for captured in tuple(self.captured):
+            captured.release()
         if self.ranks > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

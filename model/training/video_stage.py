@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirage_hello.model.autoencoder import Autoencoder
-from mirage_hello.model.capture import Captured
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.memory import LATENT_LIMIT
 from mirage_hello.model.samplers import Level, euler
@@ -91,8 +90,8 @@ class VideoStage:
         self.streams = LiveStreams(live, self.pool, self.history, config.tint) if live else None
         self.bank = ErrorBank(config.bank_size, self.pool.sinks[:1].float())
         self.longest = torch.zeros((), dtype=torch.int64, device=device)  # live stream, in frames
-        self.captured = Captured(
-            device, self.generator, config.graphs and (workers.ranks == 1 or self.half)
+        self.captured = workers.graphs(
+            self.generator, config.graphs and (workers.ranks == 1 or self.half)
         )
         self.batch: dict[str, Tensor] = {}
 
