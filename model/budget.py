@@ -148,7 +148,7 @@ def _buffers(unet: UNetConfig, size: tuple[int, int], item: int, steps: int) -> 
     """Frame in and out, noise (float32), memory; the settings are under 1 % of the weights."""
     height, width = size
     pixels = -(-height // FACTOR) * -(-width // FACTOR)
-    noise = 4 * pixels * (steps * unet.latent_channels + unet.memory_channels)
+    noise = 4 * pixels * ((steps + 1) * unet.latent_channels + unet.memory_channels)
     return 2 * height * width * 3 + noise + item * pixels * unet.memory_channels
 
 

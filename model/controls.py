@@ -25,6 +25,7 @@ class Controls:
 
     Args:
         strength: in (0, 1]: how much is redrawn. history_noise: sigma on the memory, 0 to 10.
+        noise_correlation: of neighbouring frames' start noise, 0 to 1.
         guidance: None, or the scale of classifier-free guidance (two evaluations in one batch).
         schedule: noise levels, decreasing, the last 0; None: the denoiser's for `strength`.
         context, negative: [1, L, D] tokens, of the picture and of what it is guided away from.
@@ -32,6 +33,7 @@ class Controls:
 
     strength: float
     history_noise: float
+    noise_correlation: float
     guidance: float | None
     schedule: tuple[float, ...] | None
     context: Tensor
@@ -41,6 +43,10 @@ class Controls:
         if not 0 <= self.history_noise <= 10:
             raise ValueError(
                 f"FrameStream: history_noise must be from 0 to 10 (got {self.history_noise})"
+            )
+        if not 0 <= self.noise_correlation <= 1:
+            raise ValueError(
+                f"FrameStream: noise_correlation must be from 0 to 1 (got {self.noise_correlation})"
             )
         if self.guidance is not None and self.context.shape != self.negative.shape:
             raise ValueError(
@@ -119,6 +125,15 @@ class LiveControls:
     @history_noise.setter
     def history_noise(self, value: float) -> None:
         self._change(history_noise=float(value))
+
+    @property
+    def noise_correlation(self) -> float:
+        """Correlation of the start noise of neighbouring frames, from 0 to 1."""
+        return self._controls.noise_correlation
+
+    @noise_correlation.setter
+    def noise_correlation(self, value: float) -> None:
+        self._change(noise_correlation=float(value))
 
     @property
     def guidance(self) -> float | None:

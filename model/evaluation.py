@@ -29,6 +29,7 @@ from mirage_hello.model.drift import Curves, by_seed, excerpt, summary
 from mirage_hello.model.memory_probe import memory_db
 from mirage_hello.model.persistence import persistence
 from mirage_hello.model.rollout import Rollout, quantised
+from mirage_hello.model.samplers import NOISE_CORRELATION
 
 EARLY_EVERY = 4  # the burn-in is measured at least so often
 SHORTER = (1000,)  # a longer run is also summed up to here
@@ -56,12 +57,17 @@ class EvalConfig:
     cut_run: int = 600
     given: int = 4
     history_noise: float = 0.02
+    noise_correlation: float = NOISE_CORRELATION
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("seeds", "supersample", "every", "cut_frames", "cut_run"), 1)
         # Motion and warp error are of two frames, so one frame measures nothing.
         least |= dict.fromkeys(("given", "burn_in", "history_noise", "seconds"), 0)
+        if not 0 <= self.noise_correlation <= 1:
+            raise ValueError(
+                f"evaluation: noise_correlation must be from 0 to 1 (got {self.noise_correlation})"
+            )
         least |= {"frames": 2, "size": 8}
         for name, smallest in least.items():
             if not getattr(self, name) >= smallest:  # also where it is not a number
@@ -157,7 +163,7 @@ class Evaluation:
         return Rollout(
             candidate.denoiser, candidate.autoencoder, self.numbers, config.size, config.size,
             steps=candidate.steps, history_noise=config.history_noise if noise is None else noise,
-            remember=candidate.remember, seed=seed,
+            noise_correlation=config.noise_correlation, remember=candidate.remember, seed=seed,
         )  # fmt: skip
 
     def begin(self, candidates: Sequence[Candidate], worlds: Worlds) -> list[Rollout]:

@@ -25,10 +25,12 @@ class FrameBuffers:
     draws: Tensor  # float32, all of a frame's noise; the next two are views of it
     noise: Tensor  # [steps, 1, 4, h, w]: the start, then what few_step adds
     memory_noise: Tensor  # [1, 4 (K + 1), h, w]
+    kept: Tensor  # float32 [4 h w]: what the next frame keeps of this one's start noise
     memory: ContextMemory
     bus: Bus
     plan: Plan | None = None
     policy: Policy | None = None  # under which the plan was made, None before
+    begun: bool = False  # whether there was a frame, whose noise the next one goes on from
 
     @staticmethod
     def allocate(
@@ -45,7 +47,8 @@ class FrameBuffers:
         frame_in, frame_out = (
             torch.zeros(1, height, width, 3, dtype=torch.uint8, device=device) for _ in range(2)
         )
-        start = steps * unet.latent_channels * h * w
+        one = unet.latent_channels * h * w
+        start = steps * one
         # One buffer, so that one launch draws everything, and float32 in every dtype of the model,
         # so that a bfloat16 run can be compared with a float32 run of the same seed.
         draws = torch.zeros(start + unet.memory_channels * h * w, device=device)
@@ -53,7 +56,18 @@ class FrameBuffers:
         memory_noise = draws[start:].view(1, h, w, -1).permute(0, 3, 1, 2)
         memory = ContextMemory(1, unet.latent_channels, h, w, unet.history, dtype, device)
         bus = Bus(frame_in, frame_out, stream)
-        return FrameBuffers(frame_in, frame_out, draws, noise, memory_noise, memory, bus)
+        kept = torch.zeros(one, device=device)
+        return FrameBuffers(frame_in, frame_out, draws, noise, memory_noise, kept, memory, bus)
+
+    def draw(self, generator: torch.Generator, correlation: float) -> None:
+        """The next frame's noise, with the start noise as `samplers.next_noise` of the last."""
+        start = self.draws[: len(self.kept)]
+        goes_on, self.begun = self.begun and correlation > 0, True
+        if goes_on:
+            torch.mul(start, correlation, out=self.kept)
+        self.draws.normal_(generator=generator)
+        if goes_on:
+            torch.add(self.kept, start, alpha=(1 - correlation**2) ** 0.5, out=start)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -63,7 +77,7 @@ class FrameBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes on the device, without the bus and the plan's arena."""
-        tensors = (self.frame_in, self.frame_out, self.draws)
+        tensors = (self.frame_in, self.frame_out, self.draws, self.kept)
         return sum(t.numel() * t.element_size() for t in tensors) + self.memory.nbytes
 
 

@@ -16,7 +16,7 @@ from mirage_hello.model.autoencoder import Autoencoder
 from mirage_hello.model.capture import Captured
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.memory import ContextMemory
-from mirage_hello.model.samplers import Sampler, euler
+from mirage_hello.model.samplers import NOISE_CORRELATION, Sampler, euler, next_noise
 
 
 class Rollout:
@@ -27,7 +27,7 @@ class Rollout:
         styles: style number of each stream, or tokens [B, L, D].
         height, width: of the frames, multiples of 8.
         steps: evaluations of the network a frame; sampler: of `samplers`.
-        history_noise: sigma of the noise on the memory.
+        history_noise: sigma of the noise on the memory; noise_correlation: of the start noise.
         remember: False empties the memory before every frame (the ablation without history).
         seed: of the noise.
     """
@@ -43,6 +43,7 @@ class Rollout:
         steps: int = 2,
         sampler: Sampler = euler,
         history_noise: float = 0.02,
+        noise_correlation: float = NOISE_CORRELATION,
         remember: bool = True,
         seed: int = 0,
     ) -> None:
@@ -62,6 +63,7 @@ class Rollout:
         )
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.captured = Captured(self.device, self.generator)
+        self.correlation, self.noise = noise_correlation, self.normal(*self.shape)
         self.views = torch.zeros(self.batch, 3, height, width, device=self.device)
         with torch.no_grad():
             self.keys = denoiser.unet.context_keys(tokens.detach().to(self.device, self.dtype))
@@ -113,7 +115,8 @@ class Rollout:
 
         steps = len(self.sigmas) - 1
         fresh = self.normal(max(0, steps - 1), *self.shape)
-        x = self.sampler(denoise, self.sigmas[0] * self.normal(*self.shape), self.sigmas, fresh)
+        self.noise.copy_(next_noise(self.noise, self.normal(*self.shape), self.correlation))
+        x = self.sampler(denoise, self.sigmas[0] * self.noise, self.sigmas, fresh)
         latents = x.to(self.dtype)
         self.memory.push(latents)
         return latents

@@ -25,7 +25,7 @@ from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.frame_buffers import check_frame
 from mirage_hello.model.own_stream import OwnStream
 from mirage_hello.model.plans import Plans
-from mirage_hello.model.samplers import Sampler, euler, one_step
+from mirage_hello.model.samplers import NOISE_CORRELATION, Sampler, euler, one_step
 from mirage_hello.model.settings import Settings, prepare
 
 
@@ -46,6 +46,8 @@ class FrameStream(Plans):
         strength: in (0, 1]. 1 starts from pure noise; less starts from the input frame with less
             noise (Meng et al., "SDEdit", 2022), so that more of it is kept.
         history_noise: sigma of the noise on the memory, told to the model.
+        noise_correlation: of neighbouring frames' start noise, from 0 to 1 (`next_noise`): what the
+            model invents flickers less.
         context: [L, D] or [1, L, D] conditioning tokens; default: style 0, or zeros.
         guidance: scale of classifier-free guidance, at twice the work; None: off.
         negative: tokens of what the guidance leads away from; default: zeros.
@@ -72,6 +74,7 @@ class FrameStream(Plans):
         seed: int = 0,
         strength: float = 1.0,
         history_noise: float = 0.02,
+        noise_correlation: float = NOISE_CORRELATION,
         context: Tensor | None = None,
         guidance: float | None = None,
         negative: Tensor | None = None,
@@ -93,7 +96,9 @@ class FrameStream(Plans):
         self._deltas = Deltas(self.denoiser)
         tokens = self._tokens(self._default_context() if context is None else context)
         away = torch.zeros_like(tokens) if negative is None else self._tokens(negative)
-        self._controls = Controls(strength, history_noise, guidance, None, tokens, away)
+        self._controls = Controls(
+            strength, history_noise, noise_correlation, guidance, None, tokens, away
+        )
         with self._running():
             self._settings = self._prepare(self._controls)
         if size is not None:
@@ -133,7 +138,8 @@ class FrameStream(Plans):
             # A frame in the host's memory owes nothing to what the caller's stream does.
             on_device = isinstance(frame, Tensor) and frame.is_cuda
             with self._running() if on_device else self._own:
-                buffers.draws.normal_(generator=self._generator)  # while the frame is on its way
+                # While the frame is on its way:
+                buffers.draw(self._generator, self._controls.noise_correlation)
                 slot = buffers.bus.bring(frame)
                 if self._planned and buffers.policy is not self._wanted():
                     if buffers.policy is not None:
@@ -157,7 +163,7 @@ class FrameStream(Plans):
                 self._planned = planned
             with self._running(), self._scope():
                 buffers.bus.bring(frame)
-                buffers.draws.normal_(generator=self._generator)
+                buffers.draw(self._generator, self._controls.noise_correlation)
                 self._frame(buffers)
 
     def collect(self) -> Any:
@@ -199,6 +205,8 @@ class FrameStream(Plans):
         with self._lock:
             self.cut()
             self._generator.manual_seed(self._seed)
+            for buffers in self._sizes.values():
+                buffers.begun = False
 
     @property
     def trained(self) -> bool:

@@ -1,5 +1,6 @@
 """The evaluation, on oracles whose result is known in advance."""
 
+import itertools
 import math
 
 import pytest
@@ -120,6 +121,21 @@ def test_the_burn_in_is_measured_often_and_the_last_frame_of_each_end():
     ends = {300, 120}
     shown = [n for n in range(300) if evaluation.measured(n, ends)]
     assert shown == [0, 4, 8, 12, 16, 50, 100, 119, 150, 200, 250, 299]
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5])
+def test_streams_of_a_rollout_hold_their_noise(correlation):
+    add_minute_model()
+    networks = build("minute")
+    PRESETS.pop("minute")
+    rollout = Rollout(*networks, [0, 1], 128, 128, noise_correlation=correlation)
+    view, noises = torch.zeros(2, 3, 128, 128), []
+    for _ in range(3):
+        rollout.push_unseen(view)
+        noises.append(rollout.noise.clone())
+    for a, b in itertools.pairwise(noises):
+        assert b.std() == pytest.approx(1, abs=0.1)
+        assert (a * b).mean() == pytest.approx(correlation, abs=0.12)
 
 
 def test_frames_that_nobody_sees_move_the_memory_as_others_do():

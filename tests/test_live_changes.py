@@ -17,6 +17,7 @@ CHANGES = {
     "style": lambda of: of.set_style(2),
     "strength": lambda of: setattr(of, "strength", 0.4),
     "history noise": lambda of: setattr(of, "history_noise", 0.4),
+    "noise correlation": lambda of: setattr(of, "noise_correlation", 0.9),
     "guidance": lambda of: setattr(of, "guidance", 5.0),
     "guidance on": lambda of: setattr(of, "guidance", 5.0),
     "guidance off": lambda of: setattr(of, "guidance", None),
@@ -81,6 +82,7 @@ def test_deltas_leave_without_a_trace(device: torch.device) -> None:
         (lambda of: setattr(of, "schedule", [1.0, 2.0, 0.0]), "falling"),
         (lambda of: of.set_context(torch.zeros(3, 5)), r"\[L, 24\]"),
         (lambda of: setattr(of, "history_noise", 11), "from 0 to 10"),
+        (lambda of: setattr(of, "noise_correlation", 1.1), "from 0 to 1"),
     ],
 )
 def test_a_refused_change_changes_nothing(call, message: str) -> None:

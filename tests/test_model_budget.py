@@ -61,7 +61,7 @@ def measure(stream: FrameStream, size: tuple[int, int]) -> tuple[int, int, int]:
         buffers = stream._buffers
         assert buffers is not None
         memory = buffers.memory
-        own = [buffers.frame_in, buffers.frame_out, buffers.draws]
+        own = [buffers.frame_in, buffers.frame_out, buffers.draws, buffers.kept]
         known = [*parameters, *own, memory.history, memory.sink, memory.count]
         with LiveBytes([*known, *stream._settings.tensors()]) as live:
             stream.push(frame)

@@ -3,6 +3,7 @@
 The tests with a `device` run on a GPU too, there with the captured graph.
 """
 
+import itertools
 import threading
 
 import numpy as np
@@ -93,6 +94,24 @@ def test_settings_take_effect_on_the_next_frame_and_not_before(
     changed.reset()
     change(plain)
     assert np.array_equal(run(plain, frames), run(changed, frames))
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 1.0])
+def test_start_noise_goes_on_from_the_last_frame(device: torch.device, correlation: float) -> None:
+    of, frame = stream(device, noise_correlation=correlation, seed=3), clip(1, 256, 256)[0]
+    noises, outputs = [], []
+    for _ in range(4):
+        of.cut()  # the noise goes on where the memory is forgotten
+        of.history_noise = 0.0
+        outputs.append(of.push(frame))
+        noises.append(of._buffers.noise[0].flatten().cpu().clone())
+    for a, b in itertools.pairwise(noises):  # 4096 values: a deviation of 0.016
+        assert b.std() == pytest.approx(1, abs=0.06)
+        assert (a * b).mean() == pytest.approx(correlation, abs=0.08)
+    assert (noises[0] * noises[2]).mean() == pytest.approx(correlation**2, abs=0.08)
+    assert np.array_equal(outputs[0], outputs[1]) == (correlation == 1)
+    of.reset()
+    assert np.array_equal(outputs[0], of.push(frame))
 
 
 def test_a_context_of_another_length_is_taken(device: torch.device) -> None:
@@ -234,6 +253,7 @@ def test_a_bad_frame_is_refused_and_the_stream_goes_on(frame, error, message: st
         (lambda: stream(steps=0), "at least 1"),
         (lambda: stream(strength=1.5), "strength must be above 0 and at most 1"),
         (lambda: stream(history_noise=-1), "history_noise must be from 0"),
+        (lambda: stream(noise_correlation=-0.1), "noise_correlation must be from 0 to 1"),
         (lambda: stream(graph=True), "needs a CUDA device"),
         (lambda: stream(context=torch.zeros(3, 25)), r"\[L, 24\].*got \[1, 3, 25\]"),
         (lambda: stream().set_style(3), r"expected 0 to 2 \(got 3\)"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from training_driver import add_minute_model, quick
 
+from mirage_hello.model.presets import PRESETS, build
 from mirage_hello.model.training.config import SMOKE, changed
+from mirage_hello.model.training.parallel import Workers
 from mirage_hello.model.training.pool import ClipPool
 from mirage_hello.model.training.streams import LiveStreams
 from mirage_hello.model.training.video_stage import Batch, VideoStage
@@ -28,6 +32,33 @@ def test_streams_are_held_to_details_while_they_are_young():
     streams.blank.zero_()
     streams.load_state_dict(state)
     assert torch.equal(streams.blank, state["blank"])
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 1.0])
+def test_a_stream_goes_on_from_its_noise_and_so_does_its_loss(correlation, monkeypatch):
+    add_minute_model()
+    config = quick(batch=128, live_share=0.75, noise_correlation=correlation)
+    stage = VideoStage(config, *build("minute"), Workers(config, "cpu"))
+    PRESETS.pop("minute")
+    stage.start()
+    stage.longest.fill_(9)
+    before = stage.streams.noise.clone()
+    assert before.abs().max() == 0  # nothing has begun
+    batch = stage.next_batch()
+    last = stage.streams.noise.clone()
+    assert last.std() == pytest.approx(1, abs=0.05)
+    noise = stage.noise_of(batch.target)
+    assert noise.std() == pytest.approx(1, abs=0.05)
+    true, own = noise[:32], noise[32:]
+    assert (own * last).mean() == pytest.approx(correlation, abs=0.05)
+    assert true.abs().max() > 0 and abs((true * last[:32]).mean()) < 0.1
+    stage.roll(1)
+    assert (stage.streams.noise * last).mean() == pytest.approx(correlation, abs=0.05)
+    assert torch.equal(stage.streams.noise, last) == (correlation == 1)
+    state = stage.streams.state_dict()
+    stage.streams.noise.zero_()
+    stage.streams.load_state_dict(state)
+    assert torch.equal(stage.streams.noise, state["noise"]) and state["noise"].std() > 0.9
 
 
 def test_without_details_only_the_means_of_quarters_count():

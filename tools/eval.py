@@ -53,6 +53,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--burn-in", type=int, default=100, help="frames before the fits begin")
     parser.add_argument("--cut-frames", type=int, default=600, help="frames of the run with cuts")
     parser.add_argument("--history-noise", type=float, default=0.02, help="sigma on the memory")
+    parser.add_argument(
+        "--noise-correlation", type=float, default=0.5, help="of neighbouring frames' start noise"
+    )
     parser.add_argument("--seconds", type=float, default=0.0, help="end the long run by then")
     parser.add_argument("--short", action="store_true", help="the long run alone")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these candidates alone")
@@ -110,6 +113,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         frames=args.frames, seeds=args.seeds, styles=tuple(args.styles or STYLES), size=args.size,
         supersample=args.supersample, every=args.every, cut_run=args.cut_frames,
         history_noise=args.history_noise, seconds=args.seconds,
+        noise_correlation=args.noise_correlation,
         burn_in=min(args.burn_in, max(0, args.frames) // 4),
     )  # fmt: skip
     known = candidates(args, device)
@@ -148,7 +152,7 @@ def about(args: argparse.Namespace, config: EvalConfig, device: torch.device) ->
         "settings": {
             "frames": args.frames, "supersample": args.supersample, "every": args.every,
             "burn_in": config.burn_in, "cut_run": args.cut_frames,
-            "history_noise": args.history_noise,
+            "history_noise": args.history_noise, "noise_correlation": args.noise_correlation,
         },
         "models": {}, "ablations": {},
     }  # fmt: skip

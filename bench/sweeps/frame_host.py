@@ -109,7 +109,7 @@ def calls(stream: FrameStream, frames: np.ndarray, found: Found) -> None:
     buffers, own = stream._buffers, stream._own.cuda
     assert buffers is not None and own is not None
     assert buffers.plan is not None and buffers.plan.graph is not None
-    frame_in, frame_out, draws = buffers.frame_in[0], buffers.frame_out[0], buffers.draws
+    frame_in, frame_out = buffers.frame_in[0], buffers.frame_out[0]
     memory, outputs = buffers.bus._free[0].host_in.tensor, buffers.bus._outputs
     graph = buffers.plan.graph
     event, down = torch.cuda.Event(), Pinned.like(frame_in).tensor
@@ -127,7 +127,7 @@ def calls(stream: FrameStream, frames: np.ndarray, found: Found) -> None:
     pieces = {
         "check the frame": lambda: check_frame(frames[0]),
         "scope": scope,
-        "noise": lambda: draws.normal_(generator=stream._generator),
+        "noise": lambda: buffers.draw(stream._generator, stream.noise_correlation),
         "copy": lambda: memory.copy_(next(turn)),
         "upload": lambda: frame_in.copy_(memory, non_blocking=True),
         "the policy": stream._wanted,

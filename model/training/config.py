@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mirage_hello.model.samplers import NOISE_CORRELATION
+
 STAGES = ("autoencoder", "video", "distill")
 
 
@@ -68,11 +70,11 @@ class TrainConfig:
     history_noise: float = 0.2  # largest sigma added to the memory
     clean_share: float = 0.15  # memories with no noise at all
     history_dropout: float = 0.1
-    tint: float = 0.0  # share of memories and targets in colours that only the memory can tell
     corruption: float = 0.35  # share of memories that get drift-like corruptions
     error_bank: float = 0.25  # share of memories that get errors of earlier roll-outs
     bank_size: int = 512
     live_share: float = 0.5  # of the batch: streams that go on from their own outputs
+    noise_correlation: float = NOISE_CORRELATION  # of a stream's start noise, frame to frame
     detail_frames: int = 12  # a stream is held to the true details so long, then to the means alone
     rollouts: tuple[int, ...] = (1, 4, 8, 16, 36)  # longest stream, over the course of the stage
     # Noise of the frame that is predicted.
@@ -150,7 +152,7 @@ PRESETS: dict[str, TrainConfig] = {
     # The two ablations that show that the test is hard: see docs/evaluation.md.
     "no-augmentation": TrainConfig(
         minutes=4.0, history_noise=0.0, corruption=0.0, error_bank=0.0,
-        history_dropout=0.0, tint=0.0, live_share=0.0, distill_steps=0, shares=(0.16, 0.84, 0.0),
+        history_dropout=0.0, live_share=0.0, distill_steps=0, shares=(0.16, 0.84, 0.0),
     ),
     "no-history": TrainConfig(
         minutes=4.0, history=False, live_share=0.0, distill_steps=0,

@@ -47,7 +47,7 @@ class DistillStage(VideoStage):
         """(metrics, batch) of one step, on the device alone; the student moves the streams."""
         batch = self.next_batch()
         sigmas = self.denoiser.sigmas(2)
-        x = self.start_noise(batch.target)
+        x = self.denoiser.config.sigma_max * self.noise_of(batch.target)
         kept = {"x": x, **vars(batch)}
         with torch.no_grad():
             goal = self.trace(self.teacher, x, batch, self.config.teacher_steps)

@@ -7,8 +7,6 @@ made. Memory channels are [B, (K + 1) C, h, w] as in `ContextMemory`: newest fir
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +14,6 @@ from torch import Tensor
 from mirage_hello.model.memory import LATENT_LIMIT
 from mirage_hello.model.training.config import TrainConfig
 from mirage_hello.model.training.pool import ClipPool
-
-TINT = 0.4  # of the latents' size: how far a tint changes them
 
 
 def true_memory(
@@ -42,49 +38,6 @@ def true_memory(
     far = (old_sink & (time >= history))[:, None, None, None]
     slots.append(torch.where(far, pool.sinks[clip], first))
     return torch.cat(slots, 1)
-
-
-class Tint(NamedTuple):
-    """y = matrix x + offset over the channels of a sample: matrix [B, C, C], offset [B, C]."""
-
-    matrix: Tensor
-    offset: Tensor
-
-    def only(self, where: Tensor) -> Tint:
-        """This tint for the samples of a mask (bool [B]), none for the others."""
-        eye = torch.eye(self.offset.shape[1], device=where.device)
-        matrix = torch.where(where[:, None, None], self.matrix, eye)
-        return Tint(matrix, self.offset * where[:, None])
-
-    def joined(self, other: Tint) -> Tint:
-        """The tints of both batches."""
-        return Tint(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
-
-
-def drawn_tint(where: Tensor, channels: int, generator: torch.Generator) -> Tint:
-    """A random change of colours for the samples of a mask (bool [B]), none for the others.
-
-    What a model can know of a clip's private colours without its memory, it learns by heart: of a
-    pool of 128 clips it drew the colours from the input view alone (mean square error 0.03 with an
-    empty memory, 0.21 on new clips), and needed no memory in training. Changed at random, in the
-    memory and in the target alike, they can be had from the memory only.
-    """
-    batch, device = len(where), where.device
-    matrix = torch.randn(batch, channels, channels, generator=generator, device=device)
-    offset = torch.randn(batch, channels, generator=generator, device=device)
-    eye = torch.eye(channels, device=device)
-    return Tint(eye + TINT / channels**0.5 * matrix, TINT * 0.25 * offset).only(where)
-
-
-def tinted(frames: Tensor, tint: Tint) -> Tensor:
-    """The frames [B, K C, h, w] of each sample in its colours, float32; empty slots stay 0."""
-    batch, total, height, width = frames.shape
-    channels = tint.offset.shape[1]
-    slots = frames.float().view(batch, total // channels, channels, height, width)
-    filled = (slots != 0).flatten(2).any(2)[:, :, None, None, None]
-    moved = torch.einsum("bcd,bkdhw->bkchw", tint.matrix, slots)
-    moved = moved + tint.offset[:, None, :, None, None]
-    return (moved * filled).reshape(batch, total, height, width)
 
 
 class ErrorBank:

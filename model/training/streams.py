@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mirage_hello.model.memory import ContextMemory
-from mirage_hello.model.training.history import Tint, drawn_tint, tinted, true_memory
+from mirage_hello.model.training.history import true_memory
 from mirage_hello.model.training.pool import ClipPool
 
 OVER = 1 << 30  # the age of a stream that must begin again
@@ -22,22 +22,18 @@ EMPTY_SHARE = 0.1  # of the new streams: begin with an empty memory, as a user's
 class LiveStreams:
     """`count` streams over the clips of a pool.
 
-    Args:
-        tint_share: of the streams that begin with true frames: see them in other colours.
     Attributes: clip, time, age int64 [B]: where each stream is; blank bool [B]: began with an empty
-    memory; memory: of their own outputs; tint: of each stream, for its whole life.
+    memory; memory: of their own outputs; noise float32 [B, C, h, w]: the start noise of its last.
     """
 
-    def __init__(self, count: int, pool: ClipPool, history: int, tint_share: float = 0.0) -> None:
+    def __init__(self, count: int, pool: ClipPool, history: int) -> None:
         self.pool, self.history, self.count = pool, history, count
-        self.tint_share = tint_share
         device, (channels, height, width) = pool.device, pool.targets.shape[2:]
         self.memory = ContextMemory(count, channels, height, width, history, device=device)
         self.clip = torch.zeros(count, dtype=torch.int64, device=device)
         self.time, self.age = self.clip.clone(), torch.full_like(self.clip, OVER)
         self.blank = torch.zeros_like(self.clip, dtype=torch.bool)
-        eye = torch.eye(channels, device=device).repeat(count, 1, 1)
-        self.tint = Tint(eye, torch.zeros(count, channels, device=device))
+        self.noise = torch.zeros(count, channels, height, width, device=device)
 
     def begin(self, where: Tensor, generator: torch.Generator) -> None:
         """Start the streams of a mask (bool [B]) at random places of random clips."""
@@ -57,11 +53,8 @@ class LiveStreams:
         truth = truth * ~empty[:, None, None, None]
         mask = where[:, None, None, None]
         channels = self.memory.channels
-        seen = (truth != 0).flatten(1).any(1)
-        tint = drawn_tint(seen & share(self.tint_share), channels, generator)
-        truth = tinted(truth, tint)
-        for kept, fresh in zip(self.tint, tint, strict=True):
-            kept.copy_(torch.where(where.view(-1, *(1,) * (fresh.dim() - 1)), fresh, kept))
+        noise = torch.randn(self.noise.shape, generator=generator, device=device)
+        self.noise.copy_(torch.where(mask, noise, self.noise))
         self.memory.history.copy_(torch.where(mask, truth[:, :-channels], self.memory.history))
         self.memory.sink.copy_(torch.where(mask, truth[:, -channels:], self.memory.sink))
         # The first output becomes the sink only where the memory is empty.
@@ -99,7 +92,7 @@ class LiveStreams:
     @torch.no_grad()
     def push(self, outputs: Tensor) -> Tensor:
         """Remember the outputs [B, C, h, w]; returns their errors against the truth."""
-        errors = outputs - tinted(self.pool.targets[self.clip, self.time], self.tint)
+        errors = outputs - self.pool.targets[self.clip, self.time]
         self.memory.push(outputs)
         self.time.add_(1)
         self.age.add_(1)
@@ -111,13 +104,11 @@ class LiveStreams:
             "history": memory.history.clone(), "sink": memory.sink.clone(),
             "count": memory.count.clone(), "clip": self.clip.clone(), "time": self.time.clone(),
             "age": self.age.clone(), "blank": self.blank.clone(),
-            "matrix": self.tint.matrix.clone(), "offset": self.tint.offset.clone(),
+            "noise": self.noise.clone(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
         for name in ("history", "sink", "count"):
             getattr(self.memory, name).copy_(state[name])
-        for name in ("clip", "time", "age", "blank"):
+        for name in ("clip", "time", "age", "blank", "noise"):
             getattr(self, name).copy_(state[name])
-        for name in ("matrix", "offset"):
-            getattr(self.tint, name).copy_(state[name])

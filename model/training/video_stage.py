@@ -13,15 +13,9 @@ from torch import Tensor, nn
 from mirage_hello.model.autoencoder import Autoencoder
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.memory import LATENT_LIMIT
-from mirage_hello.model.samplers import Level, euler
+from mirage_hello.model.samplers import Level, euler, next_noise
 from mirage_hello.model.training.config import TrainConfig
-from mirage_hello.model.training.history import (
-    ErrorBank,
-    augmented,
-    drawn_tint,
-    tinted,
-    true_memory,
-)
+from mirage_hello.model.training.history import ErrorBank, augmented, true_memory
 from mirage_hello.model.training.optimise import Optimiser, autocast, in_half
 from mirage_hello.model.training.parallel import Workers
 from mirage_hello.model.training.pool import ClipPool
@@ -87,7 +81,7 @@ class VideoStage:
         )
         self.generator = workers.generator(config.seed, 2)
         live = round(config.live_share * config.batch)
-        self.streams = LiveStreams(live, self.pool, self.history, config.tint) if live else None
+        self.streams = LiveStreams(live, self.pool, self.history) if live else None
         self.bank = ErrorBank(config.bank_size, self.pool.sinks[:1].float())
         self.longest = torch.zeros((), dtype=torch.int64, device=device)  # live stream, in frames
         self.captured = workers.graphs(
@@ -126,9 +120,6 @@ class VideoStage:
         time = torch.randint(frames, (count,), generator=generator, device=device)
         old_sink = torch.rand(count, generator=generator, device=device) < 0.7
         memory = true_memory(pool, clip, time, self.history, old_sink).float()
-        seen = (memory != 0).flatten(1).any(1)
-        tint = drawn_tint(seen & self.chosen(count, config.tint), self.channels, generator)
-        memory = tinted(memory, tint)
         details = torch.ones(count, device=device)
         if self.streams:
             self.streams.retire(self.longest, generator)
@@ -137,15 +128,13 @@ class VideoStage:
             held, clip_live, time_live = self.streams.read()
             memory = torch.cat((memory, held))
             clip, time = torch.cat((clip, clip_live)), torch.cat((time, time_live))
-            tint = tint.joined(self.streams.tint)
-        # What is forgotten cannot tell its colours: the true ones are the target.
         kept = ~self.chosen(len(clip), config.history_dropout if config.history else 1.0)
-        memory, tint = memory * kept[:, None, None, None], tint.only(kept)
+        memory = memory * kept[:, None, None, None]
         details = torch.where(kept, details, 1.0)
         own = torch.arange(len(clip), device=device) >= count
         memory, level = augmented(memory, own, self.bank, config, generator)
         inputs = torch.cat((pool.views[clip, time].float(), memory), 1)
-        target = tinted(pool.targets[clip, time], tint)
+        target = pool.targets[clip, time].float()
         return Batch(self.laid_out(inputs), level, pool.styles[clip], target, details)
 
     def chosen(self, count: int, share: float) -> Tensor:
@@ -169,7 +158,7 @@ class VideoStage:
         sigma = sigma.clamp(limits.sigma_min, limits.sigma_max)
         start = torch.rand(batch, generator=generator, device=device) < config.start_share
         sigma = sigma.masked_fill(start, limits.sigma_max)
-        noise = torch.randn(target.shape, generator=generator, device=device)
+        noise = self.noise_of(target)
         kept = 1 - sigma / limits.sigma_max
         return kept[:, None, None, None] * target + sigma[:, None, None, None] * noise, sigma
 
@@ -226,11 +215,13 @@ class VideoStage:
 
         return euler(denoise, x, self.denoiser.sigmas(steps))
 
-    def start_noise(self, like: Tensor) -> Tensor:
-        """sigma_max noise, where the sampler of run time begins."""
-        shape = (len(like), self.channels, *like.shape[2:])
-        noise = torch.randn(shape, generator=self.generator, device=like.device)
-        return self.denoiser.config.sigma_max * noise
+    def noise_of(self, like: Tensor) -> Tensor:
+        """Standard normal of that shape [B, C, h, w]; the last ones go on from their streams'."""
+        noise = torch.randn(like.shape, generator=self.generator, device=like.device)
+        if self.streams:
+            own = noise[-self.streams.count :]
+            own.copy_(next_noise(self.streams.noise, own, self.config.noise_correlation))
+        return noise
 
     @torch.no_grad()
     def roll(self, steps: int) -> Tensor:
@@ -243,7 +234,9 @@ class VideoStage:
         inputs = self.laid_out(torch.cat((self.pool.views[clip, time].float(), memory), 1))
         details = self.streams.held_to_details(self.config.detail_frames)
         now = Batch(inputs, level, self.pool.styles[clip], memory, details)
-        outputs = self.trace(self.module, self.start_noise(memory), now, steps)
+        self.streams.noise.copy_(self.noise_of(self.streams.noise))
+        start = self.denoiser.config.sigma_max * self.streams.noise
+        outputs = self.trace(self.module, start, now, steps)
         errors = self.streams.push(outputs)
         # Four a step: the bank then spans the last bank_size / 4 steps, not the last three.
         # An invention is no error.
