@@ -10,7 +10,7 @@ from torch import Tensor
 from mirage_hello.model.autoencoder import Autoencoder
 from mirage_hello.model.denoiser import Denoiser
 from mirage_hello.model.training.config import TrainConfig
-from mirage_hello.model.training.parallel import Workers
+from mirage_hello.model.training.parallel import Workers, placed
 from mirage_hello.model.training.video_stage import StyledDenoiser, VideoStage
 
 
@@ -24,6 +24,12 @@ class DistillStage(VideoStage):
     Source: the direct regression of Luhman and Luhman, "Knowledge Distillation in Iterative
     Generative Models", 2021; the true frame's term is ours, and keeps a student's closed loop
     from inheriting the teacher's errors.
+
+    The stage ends with the mean of the student's and the teacher's weights (`student_share`). One
+    step of the teacher is the mean of what is possible: soft, and true to the view. The student
+    draws one possibility, and after thousands of frames its edges wander. Between their weights,
+    as Wortsman et al. found ("Robust fine-tuning of zero-shot models", 2022), lies more of both
+    than between their pictures: see docs/training.md.
     """
 
     name = "distill"
@@ -71,6 +77,14 @@ class DistillStage(VideoStage):
         """The student's streams are as long as the teacher's at the end, whatever the progress."""
         super().prepare(number, progress)
         self.longest.fill_(self.config.rollouts[-1])
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Keep the averaged weights' mean with the teacher's."""
+        super().finish()
+        share, teacher = self.config.student_share, self.teacher.denoiser.state_dict()
+        for name, weight in self.denoiser.named_parameters():
+            weight.mul_(share).add_(placed(teacher[name].to(weight.dtype), weight), alpha=1 - share)
 
     def state_dict(self) -> dict:
         teacher = {k: v.detach() for k, v in self.teacher.denoiser.state_dict().items()}
