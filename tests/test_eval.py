@@ -58,7 +58,7 @@ def test_a_part_of_the_candidates(tmp_path, minute_checkpoint, monkeypatch, caps
     result = json.loads((tmp_path / "tiny.json").read_text())
     assert not result["models"] and list(result["ablations"]) == ["no-history"]
     assert cli.main([*arguments, "--only", "3-step"]) == 2
-    assert "unknown candidate '3-step'; known: 2-step, no-history" in capsys.readouterr().err
+    assert "unknown candidate '3-step'; known: 1-step, no-history" in capsys.readouterr().err
 
 
 def test_eval_writes_results_pictures_and_a_page(tmp_path, minute_checkpoint, monkeypatch, capsys):
@@ -227,6 +227,6 @@ def test_png_is_read_back_by_another_reader(tmp_path):
 def test_page_escapes_names():
     model = {
         "steps": 2, "psnr_db": {"mean": 1.0, "low": None, "high": None}, "strips": {},
-        "warp_error": {"output": 0.1, "truth": 0.1},
+        "warp_error": {"output": 0.1, "truth": 0.1}, "edges": {"output": 0.3, "without": 0.4},
     }  # fmt: skip
     assert "&lt;b&gt;" in eval_page.row("<b>", model)

@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--ablation", nargs="+", default=[], metavar="NAME=FILE", help="models that should fail"
     )
-    parser.add_argument("--steps", type=int, nargs="+", default=[2], help="evaluations a frame")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1], help="evaluations a frame")
     parser.add_argument("--frames", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=8, help="held-out clips of each style")
     parser.add_argument("--styles", nargs="+", help="default: all")

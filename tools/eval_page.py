@@ -136,7 +136,7 @@ def page_text(result: dict[str, Any], plot: str) -> str:
         missing = html.escape(", ".join(result["not_measured"]))
         parts.append(f"<tr><td></td><td>not measured</td><td>{missing}</td></tr>")
     heads = ("model", "steps", "frames", "PSNR (dB)", "SSIM", "slope (dB / 1000)", "warp error",
-             "cut recovery (frames)", "persistence", "recall",
+             "edges", "cut recovery (frames)", "persistence", "recall",
              "true / own / no memory (dB)")  # fmt: skip
     parts.append("</table><h2>Numbers</h2><table><tr><th>" + "<th>".join(heads) + "</tr>")
     everything = {**result["models"], **result["ablations"]}
@@ -185,6 +185,7 @@ def row(name: str, model: dict[str, Any]) -> str:
         html.escape(name), str(model["steps"]), str(model.get("frames", "-")),
         ranged("psnr_db", 2), ranged("ssim", 3),
         ranged("psnr_slope_db_per_1000", 3), f"{warp['output']:.4f} (truth {warp['truth']:.4f})",
+        f"{model['edges']['output']:.3f} (without a memory {model['edges']['without']:.3f})",
         "-" if cut is None or cut["mean"] is None else f"{cut['mean']:.1f}",
         ranged("persistence", 3), ranged("recall", 3), memory,
     ]  # fmt: skip

@@ -9,7 +9,12 @@ from typing import Any
 import jinja2
 
 from mirage_hello.tools.errors import BadInput
-from mirage_hello.tools.eval_requirements import largest_move, unmeasured
+from mirage_hello.tools.eval_requirements import (
+    TEACHER_FRAMES,
+    as_long_as_teacher,
+    largest_move,
+    unmeasured,
+)
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
@@ -51,6 +56,12 @@ def card(
         seeds=first["seeds"],
         styles=len(first["by_style"]),
         ceiling_db=first["ceiling_db"],
+        early=[
+            (key, streams)
+            for key, model in result["models"].items()
+            if model["frames"] > TEACHER_FRAMES
+            if (streams := as_long_as_teacher(model)["collapsed"])
+        ],
         frames=[cells for run in runs for cells in frame_cells(name, run)],
     )
 
@@ -83,6 +94,7 @@ def quality_cells(name: str, model: dict[str, Any]) -> list[str]:
         ranged(model["ssim"], 3), ranged(model["psnr_slope_db_per_1000"], 3),
         f"{worst} {moved:.1%}",
         f"{warp['output']:.4f} ({warp['truth']:.4f})",
+        f"{model['edges']['output']:.2f} ({model['edges']['without']:.2f})",
         ranged(model.get("cut_recovery_frames"), 1), ranged(model.get("persistence"), 2),
         ranged(model.get("recall"), 2),
         " / ".join(f"{memory[k]:.1f}" for k in ("true", "own", "none")) if memory else "-",

@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
     add("-o", "--output", type=Path, required=True, help="H.264 in .mp4, .m4v, .mov or .mkv")
     add("--preset", help="tiny (trained), 391m or 880m (random weights); default: tiny")
     add("--checkpoint", type=Path, help="trained weights (.safetensors); they bring their preset")
-    add("--steps", type=int, help="denoising steps a frame (default: 2 for tiny, 1 for others)")
+    add("--steps", type=int, default=1, help="denoising steps a frame (default: 1)")
     add("--size", metavar="WxH", help="scale to this size (default: the input's own)")
     add("--dtype", help="fp32, fp16 or bf16 (default: bf16 on a GPU, fp32 on a CPU)")
     add("--backend", default="auto", help=arguments.BACKEND_HELP)
@@ -96,13 +96,12 @@ def open_stream(args: argparse.Namespace, size: tuple[int, int]) -> FrameStream:
         raise BadInput("--preset: " + unknown_name("preset", name, presets.PRESETS))
     if not -(2**63) <= args.seed < 2**63:
         raise BadInput(f"--seed: must be a number of 64 bits (got {args.seed})")
-    steps = args.steps or (2 if name == "tiny" else 1)
     with sentences(size):
         if args.checkpoint is None:
-            budget.check(name, size, dtype, steps, device, weights_loaded=False)
+            budget.check(name, size, dtype, args.steps, device, weights_loaded=False)
         denoiser, autoencoder = _networks(args, name, dtype, device)
         stream = FrameStream(
-            denoiser, autoencoder, steps=steps, size=size, policy=policy, seed=args.seed
+            denoiser, autoencoder, steps=args.steps, size=size, policy=policy, seed=args.seed
         )
         if args.style is not None:
             stream.set_context(style_tokens(args.style, denoiser.unet))
