@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Its edges lie where the truth's do by less than half of what is drawn without a memory: the scene
 # has dissolved. Means of 40 streams: 0.94 of it for the shipped model's one step, 0.77 for two,
 # 0.62 for a teacher's eight, whose geometry melts, and 0.35 for a model trained without
-# augmentation, whose pictures are mush, while its PSNR is only 2.7 dB below.
+# augmentation, whose pictures are mush, while its PSNR is only 2.5 dB below.
 EDGES = 0.5
 BELOW_DB = 6.0  # its PSNR is so far below what the same frames have without a memory: four times
 # the error. Sound pictures in wrong colours, which a memory then keeps, were up to 4.1 dB below.

@@ -33,6 +33,8 @@ def test_unknown_key_names_the_nearest():
         ("batch", 0, "batch must be at least 1"),
         ("autoencoder_batch", 1, "autoencoder_batch must be at least 2"),
         ("size", 100, "multiple of 8"),
+        ("student_share", 1.5, "student_share must be from 0 to 1"),
+        ("noise_correlation", "nan", "noise_correlation must be from 0 to 1"),
         ("compile", "yes", "compile must be like"),
         ("precision", "fp8", "precision must be bf16 or fp32"),
         ("pool_clips", 5, "multiple of refresh_clips"),

@@ -15,6 +15,7 @@ from mirage_hello.model.presets import PRESETS, build
 from mirage_hello.model.training import Options, TrainingError, preset, train
 from mirage_hello.model.training import state as states
 from mirage_hello.model.training.config import changed
+from mirage_hello.model.training.distill_stage import DistillStage
 from mirage_hello.model.training.journal import read as read_metrics
 from mirage_hello.model.training.optimise import Optimiser
 from mirage_hello.model.training.parallel import Workers
@@ -86,6 +87,21 @@ def test_bodies_are_called_where_there_are_no_graphs():
         metrics, batch = run(number % 2, lambda n=number: (calls.append(n), ({"n": n}, {}))[1])
         assert metrics == {"n": number} and batch == {}
     assert calls == list(range(7))
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_distillation_ends_with_a_mean_of_weights(share):
+    config = changed(preset("smoke"), {**QUICK, "student_share": share})
+    denoiser, autoencoder = build("minute")
+    before = [p.detach().clone() for p in denoiser.parameters()]
+    stage = DistillStage(config, denoiser, autoencoder, Workers(config, "cpu"))
+    stage.start()
+    stage.step(0, 0.0)
+    student = [average.clone() for average in stage.optimiser.average]
+    assert any(not torch.equal(a, b) for a, b in zip(before, student, strict=True))
+    stage.finish()
+    for weight, teacher, own in zip(denoiser.parameters(), before, student, strict=True):
+        torch.testing.assert_close(weight.detach(), share * own + (1 - share) * teacher)
 
 
 def test_graphs_go_before_their_group(monkeypatch):

@@ -123,10 +123,11 @@ class TrainConfig:
                 f"config: shares must be one a stage and rollouts one or more numbers "
                 f"(got {self.shares} and {self.rollouts})"
             )
-        if not 0 <= self.student_share <= 1:
-            raise TrainingError(
-                f"config: student_share must be from 0 to 1 (got {self.student_share})"
-            )
+        for name in ("student_share", "noise_correlation"):
+            if not 0 <= getattr(self, name) <= 1:  # also where it is not a number
+                raise TrainingError(
+                    f"config: {name} must be from 0 to 1 (got {getattr(self, name)})"
+                )
         if self.size % 8:
             raise TrainingError(f"config: size must be a multiple of 8 (got {self.size})")
         if self.pool_clips % self.refresh_clips:
