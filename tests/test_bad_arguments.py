@@ -26,6 +26,7 @@ MERGE += ["--args", "s", "o", "2"]
         (["tune", "--budget-seconds", "soon"], "seconds must be positive and finite (got soon)"),
         (["eval", "--frames", "1"], "frames must be at least 2 (got 1)"),
         (["eval", "--history-noise", "nan"], "history_noise must be at least 0 (got nan)"),
+        (["eval", "--noise-correlation", "1.5"], "noise_correlation must be from 0 to 1 (got 1.5)"),
         (["eval", "--size", "20"], "size must be a multiple of 8 (got 20)"),
         (["eval", "--steps", "0"], "--steps, --teacher-steps: at least 1 (got 0 and 8)"),
         (["eval", "--out", __file__], "is a file; name a folder"),

@@ -7,7 +7,7 @@ import torch
 from training_driver import add_minute_model, quick
 
 from mirage_hello.model.presets import PRESETS, build
-from mirage_hello.model.training.config import SMOKE, changed
+from mirage_hello.model.training.config import SMOKE, TrainingError, changed
 from mirage_hello.model.training.parallel import Workers
 from mirage_hello.model.training.pool import ClipPool
 from mirage_hello.model.training.streams import LiveStreams
@@ -59,6 +59,9 @@ def test_a_stream_goes_on_from_its_noise_and_so_does_its_loss(correlation, monke
     stage.streams.noise.zero_()
     stage.streams.load_state_dict(state)
     assert torch.equal(stage.streams.noise, state["noise"]) and state["noise"].std() > 0.9
+    del state["noise"]
+    with pytest.raises(TrainingError, match="streams have no noise: another version wrote it"):
+        stage.streams.load_state_dict(state)
 
 
 def test_without_details_only_the_means_of_quarters_count():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mirage_hello.model.memory import ContextMemory
+from mirage_hello.model.training.config import TrainingError
 from mirage_hello.model.training.history import true_memory
 from mirage_hello.model.training.pool import ClipPool
 
@@ -108,6 +109,12 @@ class LiveStreams:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
+        missing = [name for name in self.state_dict() if name not in state]
+        if missing:
+            raise TrainingError(
+                f"the checkpoint's streams have no {missing[0]}: another version wrote it; go on "
+                "from its --compact folder with --resume-from, or from its weights with start="
+            )
         for name in ("history", "sink", "count"):
             getattr(self.memory, name).copy_(state[name])
         for name in ("clip", "time", "age", "blank", "noise"):
