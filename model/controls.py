@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ class Controls:
         return levels
 
 
-class LiveControls:
+class LiveControls(ABC):
     """The controls of a stream; each is effective on the next frame, and none is ignored."""
 
     denoiser: Denoiser
@@ -81,16 +82,17 @@ class LiveControls:
     _lock: threading.RLock
     _running: Callable[[], contextlib.AbstractContextManager[None]]
 
+    @abstractmethod
     def _forget_plans(self) -> None:
         """Make every plan again at its next frame."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reset(self) -> None:
-        raise NotImplementedError
+        """Back to the state after construction."""
 
+    @abstractmethod
     def _change(self, **changed: Any) -> None:
         """Bring changed controls to the tensors that a plan reads."""
-        raise NotImplementedError
 
     def set_context(self, tokens: Tensor, negative: Tensor | None = None) -> None:
         """Conditioning tokens [L, D] or [1, L, D] from the next frame on; the memory stays.

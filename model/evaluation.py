@@ -64,16 +64,16 @@ class EvalConfig:
         least = dict.fromkeys(("seeds", "supersample", "every", "cut_frames", "cut_run"), 1)
         # Motion and warp error are of two frames, so one frame measures nothing.
         least |= dict.fromkeys(("given", "burn_in", "history_noise", "seconds"), 0)
-        if not 0 <= self.noise_correlation <= 1:
-            raise ValueError(
-                f"evaluation: noise_correlation must be from 0 to 1 (got {self.noise_correlation})"
-            )
         least |= {"frames": 2, "size": 8}
         for name, smallest in least.items():
             if not getattr(self, name) >= smallest:  # also where it is not a number
                 raise ValueError(
                     f"evaluation: {name} must be at least {smallest} (got {getattr(self, name)})"
                 )
+        if not 0 <= self.noise_correlation <= 1:
+            raise ValueError(
+                f"evaluation: noise_correlation must be from 0 to 1 (got {self.noise_correlation})"
+            )
         if self.size % 8:
             raise ValueError(f"evaluation: size must be a multiple of 8 (got {self.size})")
 

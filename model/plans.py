@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -60,8 +61,9 @@ class Plans(LiveControls):
         """Frames submitted and not collected."""
         return 0 if self._buffers is None else self._buffers.bus.under_way
 
+    @abstractmethod
     def cut(self) -> None:
-        raise NotImplementedError
+        """Forget the past outputs."""
 
     def prepare(self, height: int, width: int) -> None:
         """Build the plan of a size ahead, also while another thread pushes frames of another size;

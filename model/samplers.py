@@ -93,8 +93,8 @@ def one_step(
 def next_noise(noise: Tensor, fresh: Tensor, correlation: float) -> Tensor:
     """r noise + sqrt(1 - r^2) fresh: the start noise of the next frame, standard normal again.
 
-    What a model must invent it draws from its start noise. Drawn anew for each frame that flickers;
-    with r = 0.5 the shipped model flickers 0.6 times as much, and is as sharp (docs/training.md).
+    What a model must invent it draws from its start noise: drawn anew for each frame it flickers
+    (docs/training.md has how much).
 
     Args:
         noise: the last frame's, fresh: independent of it, both standard normal of one shape.

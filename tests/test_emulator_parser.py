@@ -181,10 +181,7 @@ def test_two_thousand_lines_parse_in_two_seconds():
     lines += [f"add.u32 %r{i % 64}, %r{(i + 1) % 64}, {i};" for i in range(1800)]
     wgmma = "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"
     lines += [f"{wgmma} {{{vector}}}, %x, %x, 1, 1, 1, 0, 0;"] * 150
-    seconds = []
-    for _ in range(3):  # the least of three: the other core may be loaded
-        text = kernel("\n".join(lines)) + f"// {Path(__file__).name} {time.time()}"
-        begin = time.process_time()
-        parse(text)
-        seconds.append(time.process_time() - begin)
-    assert min(seconds) < 2
+    text = kernel("\n".join(lines)) + f"// {Path(__file__).name} {time.time()}"
+    begin = time.thread_time()  # other threads of the suite's process may be at work
+    parse(text)
+    assert time.thread_time() - begin < 2

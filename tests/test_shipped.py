@@ -91,7 +91,7 @@ def test_the_shipped_model_draws_each_style_as_its_truth():
 
 
 def test_style_switches_live_and_mixes_between_two():
-    """From the next frame on, in one stream; a mixture follows its share (random weights jump)."""
+    """From the next frame on, in one stream; a mixture follows its share."""
     add_minute_model()
     denoiser, autoencoder = build("minute", 5)
     PRESETS.pop("minute")
@@ -99,7 +99,7 @@ def test_style_switches_live_and_mixes_between_two():
     frame = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=drawn)
 
     def second_frame(tokens: torch.Tensor | None) -> torch.Tensor:
-        stream = FrameStream(denoiser, autoencoder, steps=2, seed=1)
+        stream = FrameStream(denoiser, autoencoder, steps=2, seed=1, noise_correlation=0)
         stream.push(frame)
         if tokens is not None:
             stream.set_context(tokens)
@@ -114,4 +114,4 @@ def test_style_switches_live_and_mixes_between_two():
         return float((second_frame(tokens) - start).abs().mean())
 
     whole = float((end - start).abs().mean())
-    assert off(0.001) < 0.3 * whole and off(0.98) == pytest.approx(whole, rel=0.3)
+    assert off(0.02) < 0.3 * whole and off(0.98) == pytest.approx(whole, rel=0.3)

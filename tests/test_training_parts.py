@@ -107,7 +107,7 @@ def test_distillation_ends_with_a_mean_of_weights(share):
 def test_graphs_go_before_their_group(monkeypatch):
     """NCCL's communicators wait in their end for graphs that hold their collectives."""
     workers = Workers(preset("smoke"), "cpu")
-    run = workers.graphs(torch.Generator(), True)
+    run = workers.graphs(torch.Generator(), preset("smoke"), half=True)
     order = []
     run.graphs["step"] = (SimpleNamespace(reset=lambda: order.append("graph")), {}, {})
     monkeypatch.setattr(workers, "ranks", 2)

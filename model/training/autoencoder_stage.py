@@ -117,9 +117,7 @@ class AutoencoderStage:
         )
         self.pool = FramePool(config, workers.device, workers.rank, workers.ranks)
         self.generator = workers.generator(config.seed, 1)
-        self.captured = workers.graphs(
-            self.generator, config.graphs and (workers.ranks == 1 or self.half)
-        )
+        self.captured = workers.graphs(self.generator, config, self.half)
         self.batch: dict[str, Tensor] = {}
 
     def start(self) -> None:

@@ -43,9 +43,7 @@ class DistillStage(VideoStage):
         self.steps = config.distill_steps
         self.optimiser.lr = config.distill_lr
         self.generator = workers.generator(config.seed, 3)
-        self.captured = workers.graphs(
-            self.generator, config.graphs and (workers.ranks == 1 or self.half)
-        )
+        self.captured = workers.graphs(self.generator, config, self.half)
         if self.half:
             teacher.bfloat16()
 

@@ -50,9 +50,9 @@ class Workers:
         key = (seed * 1_000_003 + self.rank * 8191 + stage * 127 + 11) % (1 << 62)
         return torch.Generator(self.device).manual_seed(key)
 
-    def graphs(self, generator: torch.Generator, enabled: bool) -> Captured:
-        """The graphs of a stage's steps, which `close` lets go."""
-        made = Captured(self.device, generator, enabled)
+    def graphs(self, generator: torch.Generator, config: TrainConfig, half: bool) -> Captured:
+        """The graphs of a stage's steps, which `close` lets go; DDP's own hooks want none."""
+        made = Captured(self.device, generator, config.graphs and (self.ranks == 1 or half))
         self.captured.add(made)
         return made
 

@@ -6,6 +6,7 @@ alone, so a resumed run rebuilds the pool that the killed one had.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def real_clips(config: TrainConfig, frames: int, rank: int, ranks: int) -> ClipL
         raise TrainingError(f"training data: {error}") from error
 
 
-class Pool:
+class Pool(ABC):
     """What both pools share: numbered refreshes over a ring of slots, and the place in real clips.
 
     Args:
@@ -156,9 +157,9 @@ class Pool:
         self.number += 1
         return torch.arange(at, at + self.config.refresh_clips, device=self.device)
 
+    @abstractmethod
     def refresh(self, number: int) -> None:
         """Write slot number % slots."""
-        raise NotImplementedError
 
     def real(self) -> Tensor | None:
         """The next real clips, float [R, T, 3, H, W] in [-1, 1]; None where data is rendered."""

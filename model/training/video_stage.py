@@ -84,9 +84,7 @@ class VideoStage:
         self.streams = LiveStreams(live, self.pool, self.history) if live else None
         self.bank = ErrorBank(config.bank_size, self.pool.sinks[:1].float())
         self.longest = torch.zeros((), dtype=torch.int64, device=device)  # live stream, in frames
-        self.captured = workers.graphs(
-            self.generator, config.graphs and (workers.ranks == 1 or self.half)
-        )
+        self.captured = workers.graphs(self.generator, config, self.half)
         self.batch: dict[str, Tensor] = {}
 
     @torch.no_grad()
