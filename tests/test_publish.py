@@ -11,7 +11,8 @@ from mirage_hello.model import checkpoint, persistence, shipped
 from mirage_hello.model.presets import PRESETS
 from mirage_hello.model.training import Options, preset, train
 from mirage_hello.model.training.config import changed
-from mirage_hello.tools import cli, publish
+from mirage_hello.tools import cli, publish, training_tables
+from mirage_hello.tools.errors import BadInput
 
 QUICK = {
     "model": "minute", "size": 16, "clip_frames": 4, "autoencoder_steps": 3, "distill_steps": 2,
@@ -162,3 +163,13 @@ def test_pictures_are_drawn_by_the_shipped_model(made, package, monkeypatch):
     styles = [call[call.index("--style") + 1] for call in calls]
     assert styles == ["neon_city", "watercolour", "desert_dusk", "snow_night", "clay"]
     assert (package / "styles.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tables_of_training_are_those_of_their_files():
+    text = training_tables.DOCUMENT.read_text(encoding="utf-8")
+    assert len(training_tables.MARKED.findall(text)) == 3
+    assert training_tables.fill(text) == text
+    with pytest.raises(BadInput, match="no table 'nois'; known: noise, shares, throughput"):
+        training_tables.fill("<!-- training:nois a.json -->\n<!-- /training -->")
+    with pytest.raises(BadInput, match=r"none\.json cannot be read"):
+        training_tables.fill("<!-- training:noise none.json -->\n<!-- /training -->")

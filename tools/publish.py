@@ -4,7 +4,8 @@
         --run autoencoder/ video/:2 distill/ --eval out/eval/tiny.json
 
 Each part may be made alone: --checkpoint with --run the weights and their record, --eval the
-results, plots and page under bench/results/eval, --pictures the frames that README and card show.
+results, plots and page under bench/results/eval, --pictures the frames that README and card show,
+--tables the measured tables of docs/training.md.
 The card is written in each case, from what then lies in the package.
 """
 
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mirage_hello.tools import eval_page, model_card
+from mirage_hello.tools import eval_page, model_card, training_tables
 from mirage_hello.tools.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,6 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         "--pictures", type=int, nargs="?", const=60, metavar="FRAMES",
         help="draw the frames of README and card (default: 60 of the clip)",
     )  # fmt: skip
+    parser.add_argument("--tables", action="store_true", help="make those of docs/training.md")
     arguments = parser.parse_args(argv)
     try:
         if arguments.checkpoint:
@@ -202,6 +204,8 @@ def main(argv: list[str] | None = None) -> int:
             print(publish_results(arguments.eval))
         if arguments.pictures:
             print(draw_pictures(arguments.pictures))
+        if arguments.tables:
+            print(training_tables.write())
         print(write_card())
     except BadInput as error:
         parser.error(str(error))
